@@ -1,0 +1,79 @@
+// What does not depend on the instruction set: choosing one, and the helpers over rows.
+#include <cstdlib>
+#include <cstring>
+
+#include "core/rows.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace synkern {
+
+extern const RowKernels row_kernels_baseline;
+#if defined(SYNKERN_X86)
+extern const RowKernels row_kernels_avx2, row_kernels_avx512;
+#endif
+
+static const RowKernels& pick() {
+  const char* asked = std::getenv("SYNKERN_ISA");
+  const auto wanted = [&](const char* name) { return !asked || !std::strcmp(asked, name); };
+#if defined(SYNKERN_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && wanted("avx512")) return row_kernels_avx512;
+  if (avx2 && wanted("avx2")) return row_kernels_avx2;
+#endif
+  (void)wanted;
+  return row_kernels_baseline;
+}
+
+const RowKernels& row_kernels() {
+  static const RowKernels& kernels = pick();
+  return kernels;
+}
+
+int64_t first_bad_target(const Rows& rows) {
+  for (int64_t i = 0; i < rows.rows; ++i) {
+    const int64_t y = target_at(rows, i);
+    if ((y < 0 || y >= rows.classes) && y != rows.ignore_index) return i;
+  }
+  return -1;
+}
+
+template <typename A>
+static double kept_weight_of(const Rows& rows) {
+  double sum = 0;
+  for (int64_t i = 0; i < rows.rows; ++i) {
+    const int64_t y = target_at(rows, i);
+    if (y != rows.ignore_index) sum += rows.class_weight ? double(static_cast<const A*>(rows.class_weight)[y]) : 1.0;
+  }
+  return sum;
+}
+
+double kept_weight(const Rows& rows) {
+  return rows.dtype == DType::float64 ? kept_weight_of<double>(rows) : kept_weight_of<float>(rows);
+}
+
+int64_t row_grain(int64_t classes) {
+  constexpr int64_t elements_per_task = 16384;  // about 10 us of work, above the cost of waking a thread
+  return 1 + elements_per_task / (classes + 16);
+}
+
+void advise_fresh_output(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t huge_page = 2 << 20;
+  if (bytes < 2 * huge_page) return;
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (uintptr_t(data) + page - 1) / page * page, end = (uintptr_t(data) + uintptr_t(bytes)) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing but speed
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
+}  // namespace synkern

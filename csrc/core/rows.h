@@ -1,0 +1,79 @@
+// CPU row kernels on raw pointers: no torch, no Python, no threads (the caller splits the rows).
+#pragma once
+#include <cstdint>
+
+#include "losses/losses.h"
+
+namespace synkern {
+
+enum class DType : int { float32, float64, bfloat16, float16 };
+enum class IndexType : int { int64, int32, int16, uint8 };
+
+// What every kernel reads. `weight`, `ratio`, `class_weight`, `statistics` hold double where logits are float64,
+// float otherwise; the first three may be null.
+struct Rows {
+  const void* logits;
+  int64_t logits_stride;  // elements between rows; 0 for an expanded row
+  DType dtype;
+  const void* target;
+  IndexType target_type;
+  int64_t rows, classes;
+  int64_t ignore_index;
+  const void* weight;        // (rows,)
+  const void* ratio;         // (rows,): quality / diversity (imp), quality (dimp), or its logarithm
+  const void* class_weight;  // (classes,)
+  double class_weight_sum;   // sum of class_weight, `classes` where it is null
+  LossParameters loss;
+  void* statistics;  // (statistics_rows, rows), written by forward, read by the others
+};
+
+// Rows of `statistics`. The sum leaves out one occurrence of the maximum: log1p of it keeps the digits of a
+// confident row that log(1 + tiny) loses.
+enum Statistic { stat_max = 0, stat_rest = 1, stat_centered_logit = 2, stat_ratio = 3, statistics_rows = 4 };
+
+// Every function works on rows [begin, end). F_i is the loss of row i times its class weight, without `weight`.
+struct RowKernels {
+  const char* isa;
+  // loss[i] = weight_i F_i; writes the statistics. The targets must have been checked.
+  void (*forward)(const Rows&, void* loss, int64_t begin, int64_t end);
+  // gradient[i, :] = scale_i weight_i dF_i/dlogits; grad_weight[i] = scale_i F_i where not null.
+  // scale_i = scale * grad[i], or scale where grad is null.
+  void (*backward)(const Rows&, const void* grad, double scale, void* gradient, void* grad_weight, int64_t begin,
+                   int64_t end);
+  // directional[i] = coefficient_i <dF_i/dlogits, v_i>; coefficient may be null (1).
+  void (*tangent)(const Rows&, const void* v, int64_t v_stride, const void* coefficient, void* directional,
+                  int64_t begin, int64_t end);
+  // out[i, :] = coefficient_i (d2F_i/dlogits2) v_i + extra_i dF_i/dlogits; directional[i] = <dF_i/dlogits, v_i>.
+  // extra may be null (0).
+  void (*hvp)(const Rows&, const void* v, int64_t v_stride, const void* coefficient, const void* extra, void* out,
+              void* directional, int64_t begin, int64_t end);
+  // out[i, j] = d2F_i/dlogits_j2: what gradient boosting takes for a Hessian.
+  void (*hessian_diagonal)(const Rows&, void* out, int64_t begin, int64_t end);
+};
+
+// The kernels for this processor; SYNKERN_ISA=baseline|avx2|avx512 in the environment asks for one of them, and an
+// answer other than the one asked for is visible in `isa`.
+const RowKernels& row_kernels();
+
+SYNKERN_INLINE int64_t target_at(const Rows& rows, int64_t row) {
+  switch (rows.target_type) {
+    case IndexType::int32:
+      return static_cast<const int32_t*>(rows.target)[row];
+    case IndexType::int16:
+      return static_cast<const int16_t*>(rows.target)[row];
+    case IndexType::uint8:
+      return static_cast<const uint8_t*>(rows.target)[row];
+    default:
+      return static_cast<const int64_t*>(rows.target)[row];
+  }
+}
+// First row in [0, rows) whose target is neither in [0, classes) nor ignore_index; -1 if there is none.
+int64_t first_bad_target(const Rows& rows);
+// Sum over kept rows of class_weight[target] (1 where there are no class weights).
+double kept_weight(const Rows& rows);
+// Rows a thread should take at least, so that small problems stay on one.
+int64_t row_grain(int64_t classes);
+// Asks for huge pages under a fresh, still untouched output: the first write of 64 MB takes 8 ms instead of 28.
+void advise_fresh_output(void* data, int64_t bytes);
+
+}  // namespace synkern

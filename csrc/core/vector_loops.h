@@ -1,0 +1,243 @@
+// The loops over one row's classes, compiled once per instruction set. Everything is in an unnamed namespace: a
+// merged copy of an inline function would run one instruction set's code on a machine that has another.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace synkern {
+namespace {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+inline float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float load(float x) { return x; }
+inline double load(double x) { return x; }
+inline float load(bfloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+// Branch-free, so that loops over it vectorise: rebias the exponent by a multiplication, which also makes subnormals
+// right, then restore infinities and NaN.
+inline float load(float16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = uint32_t(x.bits & 0x7fffu) << 13;
+  const float scaled = bits_to_float(magnitude) * 0x1p112f;
+  const uint32_t special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0u;
+  return bits_to_float(float_to_bits(scaled) | special | sign);
+}
+
+inline void store(float x, float* to) { *to = x; }
+inline void store(double x, double* to) { *to = x; }
+inline void store(float x, bfloat16* to) {
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to->bits = uint16_t(x != x ? 0x7fc0u : rounded);
+}
+// Round to nearest even by an addition that moves the cut to the bottom of the mantissa.
+inline void store(float x, float16* to) {
+  const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
+  result = magnitude >= 0x47800000u ? (magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u) : result;
+  to->bits = uint16_t(sign | result);
+}
+
+// e^x for x <= 0 (a row minus its maximum), zero below -87.34: relative error 1e-7. NaN passes through.
+inline float exp_nonpositive(float x) {
+  const float clamped = x < -87.33f ? -87.33f : x;
+  const float shifted = clamped * 1.44269504f + 12582912.f;  // adds 1.5 * 2^23: the integer lands in the low bits
+  const float n = shifted - 12582912.f;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float y = 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.f;
+  const float power = bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000u);
+  return x < -87.33f ? 0.f : y * power;
+}
+inline double exp_nonpositive(double x) { return std::exp(x); }
+
+template <typename T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <typename T>
+using acc_t = typename Accumulate<T>::type;
+
+// 16 KB of float32: the block is still in the first-level cache for its second pass.
+constexpr int64_t block_classes = 4096;
+constexpr double infinity = std::numeric_limits<double>::infinity();
+
+template <typename T>
+acc_t<T> block_max(const T* z, int64_t n) {
+  acc_t<T> m = -acc_t<T>(infinity);
+#pragma omp simd reduction(max : m)
+  for (int64_t j = 0; j < n; ++j) {
+    const acc_t<T> x = load(z[j]);
+    m = x > m ? x : m;
+  }
+  return m;
+}
+
+struct RowStatistics {
+  double max, rest, centered;  // rest: sum of e^(z - max) without one occurrence of max; centered: sum cw (z - max)
+};
+
+template <typename T>
+bool has_nan(const T* z, int64_t n) {
+  for (int64_t j = 0; j < n; ++j)
+    if (load(z[j]) != load(z[j])) return true;
+  return false;
+}
+
+// Adds one block to (rest, count): count are the occurrences of m, rest the other terms. A NaN is in neither
+// comparison's favour and so lands in rest.
+template <typename T>
+void add_block(const T* z, int64_t n, acc_t<T> m, double& rest, double& count) {
+  using A = acc_t<T>;
+  A block_rest = 0, block_count = 0;
+#pragma omp simd reduction(+ : block_rest, block_count)
+  for (int64_t j = 0; j < n; ++j) {
+    const A x = load(z[j]);
+    const A e = exp_nonpositive(x - m);
+    block_rest += x >= m ? A(0) : e;
+    block_count += x >= m ? A(1) : A(0);
+  }
+  rest += block_rest;
+  count += block_count;
+}
+
+template <typename T>
+double weighted_sum(const T* z, const acc_t<T>* class_weight, int64_t n, acc_t<T> origin) {
+  using A = acc_t<T>;
+  A sum = 0;
+  if (class_weight) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) sum += class_weight[j] * (load(z[j]) - origin);
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) sum += load(z[j]) - origin;
+  }
+  return sum;
+}
+
+// One read of the row from memory: each block's maximum, then its exponentials while it is in cache.
+template <typename T>
+RowStatistics row_statistics(const T* z, int64_t classes) {
+  using A = acc_t<T>;
+  A m = -A(infinity);
+  double rest = 0, count = 0;
+  for (int64_t start = 0; start < classes; start += block_classes) {
+    const int64_t n = classes - start < block_classes ? classes - start : block_classes;
+    const A block = block_max(z + start, n);
+    if (block > m) {
+      if (count > 0 || rest > 0) rest = (rest + count) * std::exp(double(m) - double(block));
+      count = 0;
+      m = block;
+    }
+    if (m == -A(infinity)) {  // -inf - -inf is NaN: nothing to add, unless the block hides a NaN
+      if (has_nan(z + start, n)) rest = std::numeric_limits<double>::quiet_NaN();
+      continue;
+    }
+    add_block(z + start, n, m, rest, count);
+  }
+  if (!(std::fabs(double(m)) < infinity)) rest = std::numeric_limits<double>::quiet_NaN();
+  return {double(m), rest + count - 1, 0};
+}
+
+// Sum over classes of class_weight (z - max), for label smoothing.
+template <typename T>
+double centered_sum(const T* z, const acc_t<T>* class_weight, int64_t classes, acc_t<T> max) {
+  double sum = 0;
+  for (int64_t start = 0; start < classes; start += block_classes) {
+    const int64_t n = classes - start < block_classes ? classes - start : block_classes;
+    sum += weighted_sum(z + start, class_weight ? class_weight + start : nullptr, n, max);
+  }
+  return sum;
+}
+
+// <e^(z - max), v>
+template <typename T>
+double exp_dot(const T* z, const T* v, int64_t classes, acc_t<T> max) {
+  using A = acc_t<T>;
+  double sum = 0;
+  for (int64_t start = 0; start < classes; start += block_classes) {
+    const int64_t end = start + block_classes < classes ? start + block_classes : classes;
+    A block = 0;
+#pragma omp simd reduction(+ : block)
+    for (int64_t j = start; j < end; ++j) block += exp_nonpositive(acc_t<T>(load(z[j])) - max) * load(v[j]);
+    sum += block;
+  }
+  return sum;
+}
+
+// out = alpha e^(z - max)
+template <typename T>
+void write_gradient(const T* z, int64_t classes, acc_t<T> max, acc_t<T> alpha, T* out) {
+#pragma omp simd
+  for (int64_t j = 0; j < classes; ++j) store(alpha * exp_nonpositive(acc_t<T>(load(z[j])) - max), out + j);
+}
+
+// out = alpha e^(z - max) + kappa class_weight
+template <typename T>
+void write_smoothed_gradient(const T* z, int64_t classes, acc_t<T> max, acc_t<T> alpha, acc_t<T> kappa,
+                             const acc_t<T>* class_weight, T* out) {
+  if (!class_weight) {
+#pragma omp simd
+    for (int64_t j = 0; j < classes; ++j) store(alpha * exp_nonpositive(acc_t<T>(load(z[j])) - max) + kappa, out + j);
+    return;
+  }
+#pragma omp simd
+  for (int64_t j = 0; j < classes; ++j)
+    store(alpha * exp_nonpositive(acc_t<T>(load(z[j])) - max) + kappa * class_weight[j], out + j);
+}
+
+// out = e^(z - max) (alpha + beta v) + kappa class_weight (1 where null)
+template <typename T>
+void write_hvp(const T* z, const T* v, int64_t classes, acc_t<T> max, acc_t<T> alpha, acc_t<T> beta, acc_t<T> kappa,
+               const acc_t<T>* class_weight, T* out) {
+  if (!class_weight) {
+#pragma omp simd
+    for (int64_t j = 0; j < classes; ++j)
+      store(exp_nonpositive(acc_t<T>(load(z[j])) - max) * (alpha + beta * load(v[j])) + kappa, out + j);
+    return;
+  }
+#pragma omp simd
+  for (int64_t j = 0; j < classes; ++j)
+    store(exp_nonpositive(acc_t<T>(load(z[j])) - max) * (alpha + beta * load(v[j])) + kappa * class_weight[j], out + j);
+}
+
+// out = p (alpha + beta p), p = e^(z - max) inverse_sum
+template <typename T>
+void write_hessian_diagonal(const T* z, int64_t classes, acc_t<T> max, acc_t<T> inverse_sum, acc_t<T> alpha,
+                            acc_t<T> beta, T* out) {
+#pragma omp simd
+  for (int64_t j = 0; j < classes; ++j) {
+    const acc_t<T> p = exp_nonpositive(acc_t<T>(load(z[j])) - max) * inverse_sum;
+    store(p * (alpha + beta * p), out + j);
+  }
+}
+
+}  // namespace
+}  // namespace synkern

@@ -1,0 +1,298 @@
+// Operator schemas, argument checks and the CPU launchers, on LibTorch's stable ABI.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "core/rows.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+namespace synkern {
+namespace {
+
+enum class Reduction : int64_t { none = 0, sum = 1, mean = 2 };
+
+struct Options {
+  int64_t loss;
+  double p0, p1, p2, label_smoothing, z_loss;
+  int64_t ignore_index;
+};
+
+DType dtype_of(const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::Double:
+      return DType::float64;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    default:
+      STD_TORCH_CHECK(false, "synkern::row_loss: logits must be float32, float64, bfloat16 or float16");
+  }
+  return DType::float32;
+}
+
+IndexType index_type_of(const Tensor& target) {
+  switch (target.scalar_type()) {
+    case ScalarType::Long:
+      return IndexType::int64;
+    case ScalarType::Int:
+      return IndexType::int32;
+    case ScalarType::Short:
+      return IndexType::int16;
+    case ScalarType::Byte:
+      return IndexType::uint8;
+    default:
+      STD_TORCH_CHECK(false, "synkern::row_loss: target must be int64, int32, int16 or uint8");
+  }
+  return IndexType::int64;
+}
+
+ScalarType accumulate_type(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// A matrix whose rows have unit inner stride is read where it lies; any other layout is copied once.
+struct Matrix {
+  Tensor tensor;
+  int64_t stride;
+};
+
+Matrix matrix(const Tensor& x) {
+  const bool in_place = x.size(1) <= 1 || x.stride(1) == 1;
+  Tensor rows = in_place ? x : torch::stable::contiguous(x);
+  const int64_t stride = rows.stride(0);
+  return {std::move(rows), stride};
+}
+
+// A vector operand: checked, contiguous, in the accumulation type.
+Tensor vector(const Tensor& x, const char* name, int64_t size, ScalarType type) {
+  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == size, "synkern::row_loss: ", name, " must have shape (", size, ",)");
+  STD_TORCH_CHECK(x.scalar_type() == type, "synkern::row_loss: ", name,
+                  " must be float64 for float64 logits and float32 otherwise");
+  return torch::stable::contiguous(x);
+}
+
+MaybeTensor vector(const MaybeTensor& x, const char* name, int64_t size, ScalarType type) {
+  return x.has_value() ? MaybeTensor(vector(*x, name, size, type)) : std::nullopt;
+}
+
+const void* data_of(const MaybeTensor& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
+
+double sum_of(const MaybeTensor& x, int64_t otherwise) {
+  if (!x.has_value()) return double(otherwise);
+  double sum = 0;
+  for (int64_t i = 0; i < x->size(0); ++i)
+    sum += x->scalar_type() == ScalarType::Double ? static_cast<const double*>(x->const_data_ptr())[i]
+                                                  : double(static_cast<const float*>(x->const_data_ptr())[i]);
+  return sum;
+}
+
+// The operands of one call, kept alive while the kernels hold pointers into them.
+struct Problem {
+  Matrix logits;
+  Tensor target;
+  MaybeTensor weight, ratio, class_weight;
+  Tensor statistics;
+  Rows rows;
+
+  Problem(const Tensor& logits_, const Tensor& target_, const MaybeTensor& weight_, const MaybeTensor& ratio_,
+          const MaybeTensor& class_weight_, const Tensor* statistics_, const Options& options)
+      : logits((check_shapes(logits_, target_), matrix(logits_))),
+        target(torch::stable::contiguous(target_)),
+        weight(vector(weight_, "weight", logits_.size(0), accumulate_type(logits_))),
+        ratio(vector(ratio_, "ratio", logits_.size(0), accumulate_type(logits_))),
+        class_weight(vector(class_weight_, "class_weight", logits_.size(1), accumulate_type(logits_))),
+        statistics(statistics_ ? torch::stable::contiguous(*statistics_)
+                               : torch::stable::new_empty(logits_, {int64_t(statistics_rows), logits_.size(0)},
+                                                          accumulate_type(logits_))) {
+    STD_TORCH_CHECK(options.loss >= 0 && options.loss < int64_t(LossKind::count),
+                    "synkern::row_loss: loss must be a LossKind, got ", options.loss);
+    rows.logits = logits.tensor.const_data_ptr();
+    rows.logits_stride = logits.stride;
+    rows.dtype = dtype_of(logits.tensor);
+    rows.target = target.const_data_ptr();
+    rows.target_type = index_type_of(target);
+    rows.rows = logits_.size(0);
+    rows.classes = logits_.size(1);
+    rows.ignore_index = options.ignore_index;
+    rows.weight = data_of(weight);
+    rows.ratio = data_of(ratio);
+    rows.class_weight = data_of(class_weight);
+    rows.class_weight_sum = options.label_smoothing != 0.0 ? sum_of(class_weight, rows.classes) : 0.0;
+    rows.loss = {LossKind(options.loss), options.p0, options.p1, options.p2, options.label_smoothing, options.z_loss};
+    rows.statistics = statistics.mutable_data_ptr();
+  }
+
+  static void check_shapes(const Tensor& logits, const Tensor& target) {
+    STD_TORCH_CHECK(logits.dim() == 2 && target.dim() == 1 && target.size(0) == logits.size(0),
+                    "synkern::row_loss: expected logits (N, C) and target (N,)");
+  }
+
+  void check_targets() const {
+    const int64_t bad = first_bad_target(rows);
+    STD_TORCH_CHECK(bad < 0, "synkern: target[", bad, "] is ", target_at(rows, bad), ", expected a class in [0, ",
+                    rows.classes, ") or ignore_index (", rows.ignore_index,
+                    "); correct the label, or mark the row with ignore_index");
+  }
+
+  ScalarType accumulate() const { return accumulate_type(logits.tensor); }
+
+  Tensor new_vector() const { return torch::stable::new_empty(logits.tensor, {rows.rows}, accumulate()); }
+
+  Tensor new_matrix() const {
+    Tensor out = torch::stable::new_empty(logits.tensor, {rows.rows, rows.classes});
+    advise_fresh_output(out.mutable_data_ptr(), int64_t(out.numel()) * int64_t(out.element_size()));
+    return out;
+  }
+
+  template <typename F>
+  void for_rows(const F& f) const {
+    const int64_t grain = row_grain(rows.classes);
+    if (rows.rows <= grain)
+      f(0, rows.rows);
+    else
+      torch::stable::parallel_for(0, rows.rows, grain, f);
+  }
+};
+
+Tensor scalar_tensor(const Problem& problem, double value) {
+  Tensor out = torch::stable::new_empty(problem.logits.tensor, {}, problem.accumulate());
+  if (problem.accumulate() == ScalarType::Double)
+    *static_cast<double*>(out.mutable_data_ptr()) = value;
+  else
+    *static_cast<float*>(out.mutable_data_ptr()) = float(value);
+  return out;
+}
+
+double scalar_value(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 0, "synkern::row_loss_backward: expected a 0-d tensor");
+  return x.scalar_type() == ScalarType::Double ? *static_cast<const double*>(x.const_data_ptr())
+                                               : double(*static_cast<const float*>(x.const_data_ptr()));
+}
+
+// In row order, in double: the same bits whatever the number of threads.
+double ordered_sum(const Tensor& x) {
+  double sum = 0;
+  const int64_t n = x.size(0);
+  if (x.scalar_type() == ScalarType::Double) {
+    const double* p = static_cast<const double*>(x.const_data_ptr());
+    for (int64_t i = 0; i < n; ++i) sum += p[i];
+  } else {
+    const float* p = static_cast<const float*>(x.const_data_ptr());
+    for (int64_t i = 0; i < n; ++i) sum += double(p[i]);
+  }
+  return sum;
+}
+
+std::tuple<Tensor, Tensor, Tensor> row_loss(const Tensor& logits, const Tensor& target, MaybeTensor weight,
+                                            MaybeTensor ratio, MaybeTensor class_weight, int64_t loss, double p0,
+                                            double p1, double p2, double label_smoothing, double z_loss,
+                                            int64_t ignore_index, int64_t reduction) {
+  Problem problem(logits, target, weight, ratio, class_weight, nullptr,
+                  {loss, p0, p1, p2, label_smoothing, z_loss, ignore_index});
+  problem.check_targets();
+  Tensor losses = problem.new_vector();
+  void* out = losses.mutable_data_ptr();
+  problem.for_rows([&](int64_t b, int64_t e) { row_kernels().forward(problem.rows, out, b, e); });
+  const double denominator = Reduction(reduction) == Reduction::mean ? kept_weight(problem.rows) : 1.0;
+  if (Reduction(reduction) != Reduction::none) losses = scalar_tensor(problem, ordered_sum(losses) / denominator);
+  return {losses, problem.statistics, scalar_tensor(problem, denominator)};
+}
+
+std::tuple<Tensor, Tensor> row_loss_backward(const Tensor& grad, const Tensor& logits, const Tensor& target,
+                                             MaybeTensor weight, MaybeTensor ratio, MaybeTensor class_weight,
+                                             const Tensor& statistics, const Tensor& denominator, int64_t loss,
+                                             double p0, double p1, double p2, double label_smoothing, double z_loss,
+                                             int64_t ignore_index, int64_t reduction) {
+  Problem problem(logits, target, weight, ratio, class_weight, &statistics,
+                  {loss, p0, p1, p2, label_smoothing, z_loss, ignore_index});
+  const bool reduced = Reduction(reduction) != Reduction::none;
+  const double scale = (reduced ? scalar_value(grad) : 1.0) / scalar_value(denominator);
+  MaybeTensor row_grad;
+  if (!reduced) row_grad = vector(grad, "grad", problem.rows.rows, problem.accumulate());
+  Tensor gradient = problem.new_matrix();
+  Tensor grad_weight = torch::stable::new_empty(problem.logits.tensor, {weight.has_value() ? problem.rows.rows : 0},
+                                                problem.accumulate());
+  void *out = gradient.mutable_data_ptr(), *out_weight = weight.has_value() ? grad_weight.mutable_data_ptr() : nullptr;
+  problem.for_rows([&](int64_t b, int64_t e) {
+    row_kernels().backward(problem.rows, data_of(row_grad), scale, out, out_weight, b, e);
+  });
+  return {gradient, grad_weight};
+}
+
+Matrix direction_matrix(const Tensor& v, const Problem& problem) {
+  STD_TORCH_CHECK(v.dim() == 2 && v.size(0) == problem.rows.rows && v.size(1) == problem.rows.classes &&
+                      v.scalar_type() == problem.logits.tensor.scalar_type(),
+                  "synkern::row_loss: the direction must have the shape and dtype of logits");
+  return matrix(v);
+}
+
+Tensor row_loss_tangent(const Tensor& v, MaybeTensor coefficient, const Tensor& logits, const Tensor& target,
+                        MaybeTensor ratio, MaybeTensor class_weight, const Tensor& statistics, int64_t loss, double p0,
+                        double p1, double p2, double label_smoothing, double z_loss, int64_t ignore_index) {
+  Problem problem(logits, target, std::nullopt, ratio, class_weight, &statistics,
+                  {loss, p0, p1, p2, label_smoothing, z_loss, ignore_index});
+  const Matrix direction = direction_matrix(v, problem);
+  const MaybeTensor k = vector(coefficient, "coefficient", problem.rows.rows, problem.accumulate());
+  Tensor result = problem.new_vector();
+  void* out = result.mutable_data_ptr();
+  const void* v_data = direction.tensor.const_data_ptr();
+  problem.for_rows([&](int64_t b, int64_t e) {
+    row_kernels().tangent(problem.rows, v_data, direction.stride, data_of(k), out, b, e);
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor> row_loss_hvp(const Tensor& v, const Tensor& coefficient, MaybeTensor extra,
+                                        const Tensor& logits, const Tensor& target, MaybeTensor ratio,
+                                        MaybeTensor class_weight, const Tensor& statistics, int64_t loss, double p0,
+                                        double p1, double p2, double label_smoothing, double z_loss,
+                                        int64_t ignore_index) {
+  Problem problem(logits, target, std::nullopt, ratio, class_weight, &statistics,
+                  {loss, p0, p1, p2, label_smoothing, z_loss, ignore_index});
+  const Matrix direction = direction_matrix(v, problem);
+  const Tensor k = vector(coefficient, "coefficient", problem.rows.rows, problem.accumulate());
+  const MaybeTensor e = vector(extra, "extra", problem.rows.rows, problem.accumulate());
+  Tensor result = problem.new_matrix(), directional = problem.new_vector();
+  void *out = result.mutable_data_ptr(), *along = directional.mutable_data_ptr();
+  const void *v_data = direction.tensor.const_data_ptr(), *k_data = k.const_data_ptr();
+  problem.for_rows([&](int64_t begin, int64_t end) {
+    row_kernels().hvp(problem.rows, v_data, direction.stride, k_data, data_of(e), out, along, begin, end);
+  });
+  return {result, directional};
+}
+
+}  // namespace
+}  // namespace synkern
+
+#define SYNKERN_OPTIONS \
+  "int loss, float p0, float p1, float p2, float label_smoothing, float z_loss, int ignore_index"
+
+STABLE_TORCH_LIBRARY(synkern, m) {
+  m.def("row_loss(Tensor logits, Tensor target, Tensor? weight, Tensor? ratio, Tensor? class_weight, " SYNKERN_OPTIONS
+        ", int reduction) -> (Tensor loss, Tensor statistics, Tensor denominator)");
+  m.def("row_loss_backward(Tensor grad, Tensor logits, Tensor target, Tensor? weight, Tensor? ratio, "
+        "Tensor? class_weight, Tensor statistics, Tensor denominator, " SYNKERN_OPTIONS
+        ", int reduction) -> (Tensor grad_logits, Tensor grad_weight)");
+  m.def("row_loss_tangent(Tensor v, Tensor? coefficient, Tensor logits, Tensor target, Tensor? ratio, "
+        "Tensor? class_weight, Tensor statistics, " SYNKERN_OPTIONS ") -> Tensor");
+  m.def("row_loss_hvp(Tensor v, Tensor coefficient, Tensor? extra, Tensor logits, Tensor target, Tensor? ratio, "
+        "Tensor? class_weight, Tensor statistics, " SYNKERN_OPTIONS ") -> (Tensor hvp, Tensor directional)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(synkern, CPU, m) {
+  m.impl("row_loss", TORCH_BOX(&synkern::row_loss));
+  m.impl("row_loss_backward", TORCH_BOX(&synkern::row_loss_backward));
+  m.impl("row_loss_tangent", TORCH_BOX(&synkern::row_loss_tangent));
+  m.impl("row_loss_hvp", TORCH_BOX(&synkern::row_loss_hvp));
+}

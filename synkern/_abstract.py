@@ -1,0 +1,137 @@
+"""Shapes of the operators' outputs for fake and meta tensors, and their batching rules for ``torch.func.vmap``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._schema import MEAN, NONE, STATISTICS_ROWS, accumulate_dtype
+
+_ops = torch.ops.synkern
+
+
+def _row_loss(logits: Tensor, target: Tensor, weight: Any, ratio: Any, class_weight: Any, *options: Any) -> Any:
+    dtype, rows = accumulate_dtype(logits.dtype), logits.shape[0]
+    loss = logits.new_empty((rows,) if options[-1] == NONE else (), dtype=dtype)
+    return loss, logits.new_empty((STATISTICS_ROWS, rows), dtype=dtype), logits.new_empty((), dtype=dtype)
+
+
+def _row_loss_backward(grad: Tensor, logits: Tensor, target: Tensor, weight: Any, *_: Any) -> tuple[Tensor, Tensor]:
+    rows = 0 if weight is None else logits.shape[0]
+    return logits.new_empty(logits.shape), logits.new_empty((rows,), dtype=accumulate_dtype(logits.dtype))
+
+
+def _row_loss_tangent(v: Tensor, coefficient: Any, logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty((logits.shape[0],), dtype=accumulate_dtype(logits.dtype))
+
+
+def _row_loss_hvp(v: Tensor, coefficient: Any, extra: Any, logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(logits.shape), logits.new_empty((logits.shape[0],), dtype=accumulate_dtype(logits.dtype))
+
+
+def _front(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """The operand with the batch in front, expanded where it has none."""
+    if x is None:
+        return None
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """Batch and rows as one dimension: every kernel works row by row."""
+    front = _front(x, dim, size)
+    return None if front is None else front.reshape(-1, *front.shape[2:])
+
+
+def _fold_statistics(x: Tensor, dim: int | None, size: int) -> Tensor:
+    front = _front(x, dim, size)
+    assert front is not None
+    return front.movedim(0, 1).reshape(front.shape[1], -1)
+
+
+def _unfold_statistics(x: Tensor, size: int) -> Tensor:
+    return x.reshape(x.shape[0], size, -1)
+
+
+def _loop(operator: Any, size: int, in_dims: Any, args: Any) -> Any:
+    """One call a sample, for batched class weights, which no single call can hold."""
+    samples = []
+    for i in range(size):
+        samples.append(operator(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))))
+    if isinstance(samples[0], Tensor):
+        return torch.stack(samples), 0
+    return tuple(torch.stack(parts) for parts in zip(*samples, strict=True)), (0,) * len(samples[0])
+
+
+def _kept_weight(target: Tensor, class_weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    kept = target != ignore_index
+    if class_weight is None:
+        return kept.sum(-1).to(dtype)
+    return class_weight[target.long().masked_fill(~kept, 0)].masked_fill(~kept, 0).sum(-1)
+
+
+def _vmap_row_loss(info: Any, in_dims: Any, *args: Any) -> Any:
+    size, (logits, target, weight, ratio, class_weight), options = info.batch_size, args[:5], args[5:]
+    if in_dims[4] is not None:
+        return _loop(_ops.row_loss.default, size, in_dims, args)
+    rows = [_fold(x, d, size) for x, d in zip((logits, target, weight, ratio), in_dims, strict=False)]
+    losses, statistics, _ = _ops.row_loss.default(*rows, class_weight, *options[:-1], NONE)
+    losses = losses.reshape(size, -1)
+    denominator = losses.new_ones(size)
+    if options[-1] == MEAN:
+        front = _front(target, in_dims[1], size)
+        assert front is not None
+        denominator = _kept_weight(front, class_weight, options[-2], losses.dtype)
+    if options[-1] != NONE:
+        losses = losses.sum(-1) / denominator
+    return (losses, _unfold_statistics(statistics, size), denominator), (0, 1, 0)
+
+
+def _vmap_row_loss_backward(info: Any, in_dims: Any, *args: Any) -> Any:
+    size, options = info.batch_size, args[8:]
+    grad, logits, target, weight, ratio, class_weight, statistics, denominator = args[:8]
+    if in_dims[5] is not None:
+        return _loop(_ops.row_loss_backward.default, size, in_dims, args)
+    rows = [_fold(x, d, size) for x, d in zip((logits, target, weight, ratio), in_dims[1:5], strict=True)]
+    grad = _front(grad, in_dims[0], size)
+    if options[-1] != NONE:
+        samples = rows[0].shape[0] // size  # type: ignore[union-attr]
+        grad = (grad / _front(denominator, in_dims[7], size))[:, None].expand(size, samples)  # type: ignore[operator]
+    grad_logits, grad_weight = _ops.row_loss_backward.default(
+        grad.reshape(-1),  # type: ignore[union-attr]
+        *rows, class_weight, _fold_statistics(statistics, in_dims[6], size), denominator.new_ones(()),
+        *options[:-1], NONE,
+    )
+    return (grad_logits.reshape(size, -1, grad_logits.shape[-1]), grad_weight.reshape(size, -1)), (0, 0)
+
+
+def _vmap_row_loss_tangent(info: Any, in_dims: Any, *args: Any) -> Any:
+    size, options = info.batch_size, args[7:]
+    if in_dims[5] is not None:
+        return _loop(_ops.row_loss_tangent.default, size, in_dims, args)
+    rows = [_fold(x, d, size) for x, d in zip(args[:5], in_dims, strict=False)]
+    result = _ops.row_loss_tangent.default(*rows, args[5], _fold_statistics(args[6], in_dims[6], size), *options)
+    return result.reshape(size, -1), 0
+
+
+def _vmap_row_loss_hvp(info: Any, in_dims: Any, *args: Any) -> Any:
+    size, options = info.batch_size, args[8:]
+    if in_dims[6] is not None:
+        return _loop(_ops.row_loss_hvp.default, size, in_dims, args)
+    rows = [_fold(x, d, size) for x, d in zip(args[:6], in_dims, strict=False)]
+    hvp, along = _ops.row_loss_hvp.default(*rows, args[6], _fold_statistics(args[7], in_dims[7], size), *options)
+    return (hvp.reshape(size, -1, hvp.shape[-1]), along.reshape(size, -1)), (0, 0)
+
+
+def register(library: torch.library.Library) -> None:
+    """Registers the fake kernels and batching rules of every operator."""
+    for fake, batched in (
+        (_row_loss, _vmap_row_loss),
+        (_row_loss_backward, _vmap_row_loss_backward),
+        (_row_loss_tangent, _vmap_row_loss_tangent),
+        (_row_loss_hvp, _vmap_row_loss_hvp),
+    ):
+        name = f"synkern::{fake.__name__.removeprefix('_')}"
+        torch.library.register_fake(name, fake, lib=library)
+        torch.library.register_vmap(name, batched, lib=library)

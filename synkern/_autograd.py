@@ -1,0 +1,360 @@
+"""The derivatives of the row-loss operators, wired once, for every backend.
+
+Each operator has a Python kernel at the Autograd dispatch key that runs a single-level ``Function`` whose backward and
+jvp call operators again (backward, tangent, hvp), registered the same way. So every derivative up to the second runs in
+kernels and passes through ``torch.func``, forward mode, ``torch.compile`` and export. ``register_autograd`` and
+``custom_op`` give a zero tangent under ``torch.func.jvp`` without an error, which is why they are not used.
+
+This is the only file that leans on private names of torch; it refuses to import where one is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ._schema import MEAN, NONE, LossKind
+
+_C = torch._C
+_ops = torch.ops.synkern
+
+try:
+    from torch._C._functorch import get_single_level_autograd_function_allowed as _single_level_allowed
+    from torch._C._functorch import set_single_level_autograd_function_allowed as _allow_single_level
+    from torch.autograd.function import _SingleLevelFunction
+
+    _below_autograd = _C._AutoDispatchBelowAutograd
+    _any_requires_grad = _C._any_requires_grad
+    _functorch_active = _C._are_functorch_transforms_active
+    _forward_grad_enabled = _C._is_fwd_grad_enabled
+    _set_forward_grad_enabled = _C._set_fwd_grad_enabled
+    _set_grad_enabled = _C._set_grad_enabled
+    _ = forward_ad._current_level
+except (ImportError, AttributeError) as error:  # wrong derivatives would be worse than none
+    raise ImportError(
+        f"synkern: torch {torch.__version__} lacks a name its derivatives are wired with ({error}); "
+        "use torch 2.11 to 2.15, or a newer synkern"
+    ) from error
+
+
+class _Below:
+    """Runs an operator below this level's Autograd key while outer torch.func levels go on recording.
+
+    Grad modes are switched on again inside: without that, nested transforms are silently wrong.
+    """
+
+    def __enter__(self) -> None:
+        self.guard = _below_autograd()
+        self.grad, self.forward_grad = torch.is_grad_enabled(), _forward_grad_enabled()
+        self.guard.__enter__()
+        _set_grad_enabled(True)
+        _set_forward_grad_enabled(True)
+
+    def __exit__(self, *exception: object) -> None:
+        _set_forward_grad_enabled(self.forward_grad)
+        _set_grad_enabled(self.grad)
+        self.guard.__exit__(*exception)
+
+
+def _tracked(x: Tensor | None) -> bool:
+    """Whether a derivative with respect to x is being recorded at this level."""
+    if x is None:
+        return False
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def _times(coefficient: Tensor | None, x: Tensor) -> Tensor:
+    """coefficient * x, exactly zero where the coefficient is, also beside infinities."""
+    if coefficient is None:
+        return x
+    return torch.where(coefficient == 0, torch.zeros_like(x), coefficient * x)
+
+
+def _sum_of(*terms: Tensor | None) -> Tensor | None:
+    total = None
+    for term in terms:
+        if term is not None:
+            total = term if total is None else total + term
+    return total
+
+
+def _per_row(grad: Tensor, denominator: Tensor, rows: Tensor, reduction: int) -> Tensor:
+    return grad if reduction == NONE else (grad / denominator).expand(rows.shape[0])
+
+
+def _reduce(losses: Tensor, denominator: Tensor, reduction: int) -> Tensor:
+    if reduction == NONE:
+        return losses
+    return losses.sum() / denominator if reduction == MEAN else losses.sum()
+
+
+class _RowLoss(_SingleLevelFunction):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, ratio: Tensor | None,
+        class_weight: Tensor | None, *options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with _Below():
+            loss, statistics, denominator = _ops.row_loss.default(logits, target, weight, ratio, class_weight, *options)
+        ctx.mark_non_differentiable(statistics, denominator)
+        ctx.set_materialize_grads(False)
+        saved = (logits, target, weight, ratio, class_weight, statistics, denominator)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.options = options
+        return loss, statistics, denominator
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        padding = (None,) * (2 + len(ctx.options))
+        if grad is None:
+            return None, None, None, *padding
+        logits, target, weight, ratio, class_weight, _, denominator = ctx.saved_tensors
+        if not ctx.needs_input_grad[0]:  # weight alone: its gradient needs no (N, C) array
+            options, reduction = ctx.options[:-1], ctx.options[-1]
+            losses = _ops.row_loss.default(logits, target, None, ratio, class_weight, *options, NONE)[0]
+            return None, None, _per_row(grad, denominator, target, reduction) * losses, *padding
+        grad_logits, grad_weight = _ops.row_loss_backward.default(grad, *ctx.saved_tensors, *ctx.options)
+        return grad_logits, None, None if weight is None else grad_weight, *padding
+
+    @staticmethod
+    def jvp(ctx: Any, logits_t: Tensor | None, _target: None, weight_t: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        logits, target, weight, ratio, class_weight, statistics, denominator = ctx.saved_tensors
+        options, reduction = ctx.options[:-1], ctx.options[-1]
+        along = from_weight = None
+        if logits_t is not None:
+            along = _ops.row_loss_tangent.default(
+                logits_t, weight, logits, target, ratio, class_weight, statistics, *options
+            )
+        if weight_t is not None:
+            losses = _ops.row_loss.default(logits, target, None, ratio, class_weight, *options, NONE)[0]
+            from_weight = weight_t * losses
+        tangent = _sum_of(along, from_weight)
+        return None if tangent is None else _reduce(tangent, denominator, reduction), None, None
+
+
+class _RowLossBackward(_SingleLevelFunction):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        with _Below():
+            outputs = _ops.row_loss_backward.default(*args)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*args[:8])
+        ctx.save_for_forward(*args[:8])
+        ctx.options = args[8:]
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor | None, s: Tensor | None) -> tuple[Tensor | None, ...]:
+        """u and s are the cotangents of the gradients with respect to logits and weight."""
+        grad, logits, target, weight, ratio, class_weight, statistics, denominator = ctx.saved_tensors
+        options, reduction = ctx.options[:-1], ctx.options[-1]
+        padding = (None,) * (5 + len(ctx.options))
+        if weight is None:
+            s = None
+        if u is None and s is None:
+            return None, None, None, None, *padding[1:]
+        row_grad = _per_row(grad, denominator, target, reduction)
+        shared = (logits, target, ratio, class_weight, statistics, *options)
+        extra = None if s is None else s * row_grad
+        along = losses = None
+        if u is None:
+            grad_logits = _unweighted_gradient(extra, *shared)
+        else:
+            coefficient = row_grad if weight is None else row_grad * weight
+            grad_logits, along = _ops.row_loss_hvp.default(u, coefficient.contiguous(), extra, *shared)
+        if s is not None:
+            losses = s * _ops.row_loss.default(logits, target, None, ratio, class_weight, *options, NONE)[0]
+        grad_rows = _sum_of(None if along is None else _times(weight, along), losses)
+        grad_grad = None if grad_rows is None else _reduce(grad_rows, denominator, reduction)
+        grad_weight = None if weight is None or along is None else row_grad * along
+        return grad_grad, grad_logits, None, grad_weight, *padding[1:]
+
+    @staticmethod
+    def jvp(ctx: Any, grad_t: Tensor | None, logits_t: Tensor | None, _target: None, weight_t: Tensor | None,
+            *_: Any) -> tuple[Tensor | None, Tensor | None]:
+        grad, logits, target, weight, ratio, class_weight, statistics, denominator = ctx.saved_tensors
+        options, reduction = ctx.options[:-1], ctx.options[-1]
+        row_grad = _per_row(grad, denominator, target, reduction)
+        row_grad_t = None if grad_t is None else _per_row(grad_t, denominator, target, reduction)
+        shared = (logits, target, ratio, class_weight, statistics, *options)
+        extra = _sum_of(
+            row_grad_t if row_grad_t is None or weight is None else row_grad_t * weight,
+            None if weight_t is None else row_grad * weight_t,
+        )
+        along = None
+        if logits_t is not None:
+            coefficient = row_grad if weight is None else row_grad * weight
+            gradient_t, along = _ops.row_loss_hvp.default(logits_t, coefficient.contiguous(), extra, *shared)
+        elif extra is not None:
+            gradient_t = _unweighted_gradient(extra, *shared)
+        else:
+            return None, None
+        if weight is None:
+            return gradient_t, None
+        losses = None
+        if row_grad_t is not None:
+            losses = row_grad_t * _ops.row_loss.default(logits, target, None, ratio, class_weight, *options, NONE)[0]
+        return gradient_t, _sum_of(losses, None if along is None else row_grad * along)
+
+
+def _unweighted_gradient(
+    row_grad: Tensor, logits: Tensor, target: Tensor, ratio: Tensor | None, class_weight: Tensor | None,
+    statistics: Tensor, *options: Any,
+) -> Tensor:
+    one = row_grad.new_ones(())
+    return _ops.row_loss_backward.default(
+        row_grad.contiguous(), logits, target, None, ratio, class_weight, statistics, one, *options, NONE
+    )[0]
+
+
+class _RowLossTangent(_SingleLevelFunction):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        with _Below():
+            output = _ops.row_loss_tangent.default(*args)
+        ctx.save_for_backward(*args[:7])
+        ctx.save_for_forward(*args[:7])
+        ctx.options = args[7:]
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, s: Tensor) -> tuple[Tensor | None, ...]:
+        v, coefficient, logits, target, ratio, class_weight, statistics = ctx.saved_tensors
+        shared = (logits, target, ratio, class_weight, statistics, *ctx.options)
+        scaled = s if coefficient is None else s * coefficient
+        grad_logits, along = _ops.row_loss_hvp.default(v, scaled.contiguous(), None, *shared)
+        grad_v = _unweighted_gradient(scaled, *shared) if ctx.needs_input_grad[0] else None
+        grad_coefficient = None if coefficient is None else s * along
+        return grad_v, grad_coefficient, grad_logits, *(None,) * (4 + len(ctx.options))
+
+    @staticmethod
+    def jvp(ctx: Any, v_t: Tensor | None, coefficient_t: Tensor | None, logits_t: Tensor | None, *_: Any) -> Any:
+        v, coefficient, logits, target, ratio, class_weight, statistics = ctx.saved_tensors
+        shared = (logits, target, ratio, class_weight, statistics, *ctx.options)
+        terms = []
+        if v_t is not None:
+            terms.append(_ops.row_loss_tangent.default(v_t, coefficient, *shared))
+        if coefficient_t is not None:
+            terms.append(_ops.row_loss_tangent.default(v, coefficient_t, *shared))
+        if logits_t is not None:
+            ones = torch.ones_like(statistics[0]) if coefficient is None else coefficient
+            curved = _ops.row_loss_hvp.default(v, ones.contiguous(), None, *shared)[0]
+            terms.append((curved * logits_t).sum(-1, dtype=statistics.dtype))
+        return _sum_of(*terms)
+
+
+_THIRD = (
+    "synkern: derivatives of a row loss beyond the second are not implemented; "
+    "synkern.reference holds every loss in plain torch, differentiable to any order"
+)
+
+
+class _RowLossHvp(_SingleLevelFunction):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        with _Below():
+            return _ops.row_loss_hvp.default(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise NotImplementedError(_THIRD)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(_THIRD)
+
+
+def _composed(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ratio: Tensor | None, class_weight: Tensor | None,
+    loss: int, p0: float, p1: float, p2: float, label_smoothing: float, z_loss: float, ignore_index: int,
+    reduction: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator where ratio or class_weight are differentiated too: the kernels give t, the rest is (N,) torch.
+
+    Rare enough (learned checkers, learned class weights) that the kernels stay linear in one weight.
+    """
+    plain = (LossKind.CROSS_ENTROPY, 0.0, 0.0, 0.0, 0.0, 0.0, ignore_index, NONE)
+    kept = target != ignore_index
+    if ratio is not None:
+        cross_entropy, statistics, _ = _ops.row_loss.default(logits, target, None, None, None, *plain)
+        losses, weights = _differentiable_ratio(loss, cross_entropy, ratio, p0, bool(p1), bool(p2))
+        statistics = torch.cat([statistics[:3], weights.detach().masked_fill(~kept, 0)[None]])
+    else:
+        options = (loss, p0, p1, p2, 0.0, 0.0, ignore_index, NONE)
+        losses, statistics, _ = _ops.row_loss.default(logits, target, None, None, None, *options)
+    denominator = losses.new_ones(())
+    if class_weight is not None:
+        row_class_weight = class_weight[target.long().masked_fill(~kept, 0)].masked_fill(~kept, 0)
+        losses = _times(row_class_weight * (1.0 - label_smoothing), losses)
+    else:
+        row_class_weight = kept.to(losses.dtype)
+        losses = losses * (1.0 - label_smoothing)
+    if label_smoothing or z_loss:
+        losses = losses + _smoothing_terms(logits, class_weight, label_smoothing, z_loss, losses.dtype)
+    losses = _times(weight, losses.masked_fill(~kept, 0))
+    if reduction == MEAN:
+        denominator = row_class_weight.sum()
+    return _reduce(losses, denominator, reduction), statistics.detach(), denominator.detach()
+
+
+def _differentiable_ratio(
+    loss: int, cross_entropy: Tensor, ratio: Tensor, max_weight: float, is_log: bool, detach_weight: bool
+) -> tuple[Tensor, Tensor]:
+    if loss == LossKind.DIMP:
+        inverse = cross_entropy.detach() if detach_weight else cross_entropy  # -log p
+        weights = (ratio + inverse).exp() if is_log else _times(ratio, inverse.exp())
+    else:
+        weights = ratio.exp() if is_log else ratio
+    weights = weights.clamp(max=max_weight)
+    return _times(weights, cross_entropy), weights
+
+
+def _smoothing_terms(
+    logits: Tensor, class_weight: Tensor | None, label_smoothing: float, z_loss: float, dtype: torch.dtype
+) -> Tensor:
+    wide = logits.to(dtype)
+    lse = wide.logsumexp(-1)
+    total: Tensor = z_loss * lse * lse
+    if label_smoothing and class_weight is not None:
+        total = total + label_smoothing / logits.shape[1] * (class_weight.sum() * lse - wide @ class_weight)
+    return total
+
+
+def _register(library: torch.library.Library, name: str, function: Any, composed: Callable[..., Any] | None) -> None:
+    operator = getattr(_ops, name).default
+
+    def kernel(*args: Any) -> Any:
+        if (
+            (torch.is_grad_enabled() and _any_requires_grad(*args))
+            or forward_ad._current_level >= 0
+            or _functorch_active()
+        ):
+            if composed is not None and (_tracked(args[3]) or _tracked(args[4])):
+                return composed(*args)
+            previous = _single_level_allowed()
+            _allow_single_level(True)
+            try:
+                return function.apply(*args)
+            finally:
+                _allow_single_level(previous)
+        with _below_autograd():
+            return operator(*args)
+
+    library.impl(name, kernel, "Autograd")
+
+
+def register() -> torch.library.Library:
+    """Wires every operator; the returned library must be kept alive."""
+    library = torch.library.Library("synkern", "IMPL")
+    _register(library, "row_loss", _RowLoss, _composed)
+    _register(library, "row_loss_backward", _RowLossBackward, None)
+    _register(library, "row_loss_tangent", _RowLossTangent, None)
+    _register(library, "row_loss_hvp", _RowLossHvp, None)
+    return library

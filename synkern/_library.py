@@ -1,0 +1,37 @@
+"""Loads the compiled operators and says what could be loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+
+def _find(name: str) -> Path | None:
+    import synkern
+
+    for folder in synkern.__path__:  # an editable install has two folders
+        path = Path(folder) / name
+        if path.exists():
+            return path
+    return None
+
+
+def load() -> None:
+    """Registers ``torch.ops.synkern``.
+
+    Raises:
+        ImportError: the compiled library is missing or does not fit this torch.
+    """
+    path = _find("libsynkern_ops.so")
+    if path is None:
+        raise ImportError(
+            "synkern: the compiled library libsynkern_ops.so is missing from the installed package; "
+            "reinstall with `pip install --force-reinstall --no-deps synkern`, or build with `pip install .`"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"synkern: {path.name} does not load under torch {torch.__version__} (needs >= 2.11): {error}"
+        ) from error

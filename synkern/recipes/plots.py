@@ -1,0 +1,160 @@
+"""The plots of a report, as PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from synkern.recipes.files import write_atomic
+from synkern.recipes.noise import DUPLICATED, GROUPS, ORIGINAL, SWAPPED
+
+if TYPE_CHECKING:
+    from synkern.recipes.report import Report
+
+ACCURACY, HISTOGRAM, GROUP_WEIGHTS, CHECKER_SCORES = (
+    "accuracy_by_epoch.png", "weights_histogram.png", "weights_by_group.png", "checker_scores.png"
+)
+FILES = (ACCURACY, HISTOGRAM, GROUP_WEIGHTS, CHECKER_SCORES)
+NAMES = {"ce": "cross entropy", "focal": "focal", "imp": "IMP", "dimp": "DIMP"}
+# Okabe and Ito's palette: told apart by colour-blind readers too
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
+_GROUP_COLOURS = {ORIGINAL: "#0072B2", SWAPPED: "#D55E00", DUPLICATED: "#009E73"}
+_STYLE = {
+    "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10,
+    "axes.titlesize": 11, "legend.frameon": False, "savefig.dpi": 150,
+}
+
+
+def write_plots(report: Report, groups: pd.DataFrame | None) -> None:
+    """Draw everything that the report has data for."""
+    with matplotlib.rc_context(_STYLE):
+        _save(report.folder / ACCURACY, accuracy_by_epoch(report))
+        varying = [method for method in report.methods if any(np.ptp(run.weight[-1]) > 0 for run in report.of(method))]
+        if varying:
+            _save(report.folder / HISTOGRAM, weight_histograms(report, varying))
+            if groups is not None:
+                _save(report.folder / GROUP_WEIGHTS, group_lines(groups, varying))
+        if groups is not None and groups["quality"].notna().any():
+            _save(report.folder / CHECKER_SCORES, checker_scores(groups))
+
+
+def _save(path: Path, figure: Figure) -> None:
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _panels(count: int, width: float = 4.2, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    # Figure without pyplot: no display, no global state
+    figure = Figure(figsize=(max(width * count, 5.0), height), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _line(axes: Axes, table: pd.DataFrame, label: str, colour: str) -> None:
+    """Mean of the columns (seeds) against the index (epochs), with a band from the least to the greatest."""
+    axes.plot(table.index, table.mean(axis=1), marker="o", markersize=4, color=colour, label=label)
+    if table.shape[1] > 1:
+        axes.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=colour, alpha=0.15, linewidth=0)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def accuracy_by_epoch(report: Report) -> Figure:
+    """Test accuracy and macro F1 of every method, with the range over seeds (003, Figure 1)."""
+    figure, panels = _panels(2, width=4.6)
+    for axes, metric, title in zip(panels, ("accuracy", "macro_f1"), ("Test accuracy", "Test macro F1"), strict=True):
+        for method, colour in zip(report.methods, _COLOURS, strict=False):
+            table = pd.DataFrame({run.seed: {record["epoch"]: record["test"][metric] for record in run.epochs}
+                                  for run in report.of(method)})
+            _line(axes, 100 * table, NAMES.get(method, method), colour)
+        axes.set_title(title)
+        axes.set_ylabel("%")
+    panels[0].legend()
+    seeds = len({run.seed for run in report.runs})
+    if seeds > 1:
+        figure.supxlabel(f"mean of {seeds} seeds; the band reaches from the lowest to the highest", fontsize=8)
+    return figure
+
+
+def weight_histograms(report: Report, methods: list[str]) -> Figure:
+    """Weights of the training rows in the last epoch, by kind of row where it is known."""
+    from synkern.recipes.noise import known_groups
+
+    group = known_groups(report.train)
+    figure, panels = _panels(len(methods))
+    for axes, method in zip(panels, methods, strict=True):
+        weights = np.stack([run.weight[-1] for run in report.of(method)])
+        positive = weights[weights > 0]
+        # far tails would leave all else in one bar: they go to the outermost ones
+        low, high = np.quantile(positive, [0.005, 0.995])
+        bins = np.geomspace(max(low, high * 1e-6), high * 1.0001, 40)
+        clipped = np.clip(weights, bins[0], bins[-1])
+        if group is None:
+            axes.hist(clipped.ravel(), bins=bins, color=_COLOURS[0])
+        else:
+            for name in GROUPS:
+                chosen = (group == name).to_numpy()
+                if chosen.any():
+                    axes.hist(clipped[:, chosen].ravel(), bins=bins, histtype="step", linewidth=1.6, density=False,
+                              weights=np.full(clipped[:, chosen].size, 100 / clipped[:, chosen].size),
+                              color=_GROUP_COLOURS[name], label=name)
+            axes.legend(loc="upper left")
+        axes.set_xscale("log")
+        axes.set_title(NAMES.get(method, method))
+        axes.set_xlabel("weight in the last epoch")
+        axes.set_ylabel("rows" if group is None else "% of the rows of its kind")
+    return figure
+
+
+def _by_epoch(groups: pd.DataFrame, method: str, group: str, value: str) -> pd.DataFrame:
+    chosen = groups[(groups["method"] == method) & (groups["group"] == group)]
+    return chosen.pivot(index="epoch", columns="seed", values=value)
+
+
+def group_lines(groups: pd.DataFrame, methods: list[str]) -> Figure:
+    """Mean weight of each kind of row by epoch (003, Figure 7)."""
+    figure, panels = _panels(len(methods))
+    for axes, method in zip(panels, methods, strict=True):
+        for name in GROUPS:
+            table = _by_epoch(groups, method, name, "weight")
+            if len(table):
+                _line(axes, table, name, _GROUP_COLOURS[name])
+        axes.set_title(f"{NAMES.get(method, method)}: mean weight")
+        axes.set_ylim(bottom=0)
+    panels[0].legend()
+    return figure
+
+
+def checker_scores(groups: pd.DataFrame) -> Figure:
+    """Checkers' scores and IMP's weight by kind of row (003, Figures 4 and 5); the model's own score (Figure 6)."""
+    last = groups[groups["epoch"] == groups["epoch"].max()]
+    bars = {}
+    for label, column in (("quality P′(y|x)", "quality"), ("diversity Q(y|x)", "diversity")):
+        if last[column].notna().any():
+            bars[label] = last.dropna(subset=[column]).groupby("group")[column].mean()
+    if (last["method"] == "imp").any():
+        bars["IMP weight"] = last[last["method"] == "imp"].groupby("group")["weight"].mean()
+    dynamic = (groups["method"] == "dimp").any()
+    figure, panels = _panels(2 if dynamic else 1, width=4.8)
+    names = [name for name in GROUPS if name in set(last["group"])]
+    for offset, (label, means) in enumerate(bars.items()):
+        width = 0.8 / len(bars)
+        positions = np.arange(len(names)) + (offset - (len(bars) - 1) / 2) * width
+        drawn = panels[0].bar(positions, means[names], width=0.92 * width, color=_COLOURS[offset], label=label)
+        panels[0].bar_label(drawn, fmt="%.2f", fontsize=8)
+    panels[0].set_xticks(range(len(names)), names)
+    panels[0].set_title("Checkers' mean scores")
+    panels[0].margins(y=0.3)
+    panels[0].legend(ncols=3, fontsize=8, loc="upper center")
+    if dynamic:
+        for name in names:
+            _line(panels[1], _by_epoch(groups, "dimp", name, "probability"), name, _GROUP_COLOURS[name])
+        panels[1].set_title("DIMP's diversity checker: the model's P(y|x; θ)")
+        panels[1].set_ylim(0, 1)
+        panels[1].legend()
+    return figure

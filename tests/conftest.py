@@ -1,0 +1,47 @@
+"""Settings and fixtures of the whole test suite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+
+# Derandomised, so that a run of the suite is a statement about the code and not about the draw.
+settings.register_profile(
+    "synkern", deadline=None, derandomize=True, max_examples=20, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("thorough", parent=settings.get_profile("synkern"), derandomize=False, max_examples=500)
+settings.load_profile(os.environ.get("SYNKERN_HYPOTHESIS_PROFILE", "synkern"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Compiled code of other tests would count as recompilation."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def shared_data_path(name: str) -> Path:
+    """The folder of a shared data set; skips the calling test where the data is not at hand."""
+    path = DATA / name
+    if not path.is_dir():
+        pytest.skip(f"no data set {name!r}: {DATA} is not there; it is optional")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    return shared_data_path
