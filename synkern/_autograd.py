@@ -23,6 +23,8 @@ _C = torch._C
 _ops = torch.ops.synkern
 
 try:
+    from torch._C._functorch import TransformType as _TransformType
+    from torch._C._functorch import get_interpreter_stack as _interpreter_stack
     from torch._C._functorch import get_single_level_autograd_function_allowed as _single_level_allowed
     from torch._C._functorch import set_single_level_autograd_function_allowed as _allow_single_level
     from torch.autograd.function import _SingleLevelFunction
@@ -58,6 +60,39 @@ class _Below:
         _set_forward_grad_enabled(self.forward_grad)
         _set_grad_enabled(self.grad)
         self.guard.__exit__(*exception)
+
+
+class _ForwardGrad:
+    """Switches forward mode on inside a jvp, where torch switches it off: an outer jvp would get a zero tangent."""
+
+    def __enter__(self) -> None:
+        self.enabled = _forward_grad_enabled()
+        _set_forward_grad_enabled(True)
+
+    def __exit__(self, *exception: object) -> None:
+        _set_forward_grad_enabled(self.enabled)
+
+
+def _primals(ctx: Any) -> list[Tensor | None]:
+    """The saved tensors without this level's tangents, which are passed to jvp beside them."""
+    return [None if x is None else forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors]
+
+
+def _jvp_levels() -> int:
+    return sum(interpreter.key() == _TransformType.Jvp for interpreter in _interpreter_stack() or ())
+
+
+def _nested(jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """A jvp that outer forward-mode levels can differentiate."""
+
+    def wrapper(ctx: Any, *tangents: Any) -> Any:
+        if _jvp_levels() < 2:
+            return jvp(ctx, ctx.saved_tensors, *tangents)
+        primals = _primals(ctx)
+        with _ForwardGrad():
+            return jvp(ctx, primals, *tangents)
+
+    return wrapper
 
 
 def _tracked(x: Tensor | None) -> bool:
@@ -124,8 +159,11 @@ class _RowLoss(_SingleLevelFunction):
         return grad_logits, None, None if weight is None else grad_weight, *padding
 
     @staticmethod
-    def jvp(ctx: Any, logits_t: Tensor | None, _target: None, weight_t: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        logits, target, weight, ratio, class_weight, statistics, denominator = ctx.saved_tensors
+    @_nested
+    def jvp(
+        ctx: Any, saved: Any, logits_t: Tensor | None, _target: None, weight_t: Tensor | None, *_: Any
+    ) -> tuple[Any, ...]:
+        logits, target, weight, ratio, class_weight, statistics, denominator = saved
         options, reduction = ctx.options[:-1], ctx.options[-1]
         along = from_weight = None
         if logits_t is not None:
@@ -177,9 +215,12 @@ class _RowLossBackward(_SingleLevelFunction):
         return grad_grad, grad_logits, None, grad_weight, *padding[1:]
 
     @staticmethod
-    def jvp(ctx: Any, grad_t: Tensor | None, logits_t: Tensor | None, _target: None, weight_t: Tensor | None,
-            *_: Any) -> tuple[Tensor | None, Tensor | None]:
-        grad, logits, target, weight, ratio, class_weight, statistics, denominator = ctx.saved_tensors
+    @_nested
+    def jvp(
+        ctx: Any, saved: Any, grad_t: Tensor | None, logits_t: Tensor | None, _target: None, weight_t: Tensor | None,
+        *_: Any,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        grad, logits, target, weight, ratio, class_weight, statistics, denominator = saved
         options, reduction = ctx.options[:-1], ctx.options[-1]
         row_grad = _per_row(grad, denominator, target, reduction)
         row_grad_t = None if grad_t is None else _per_row(grad_t, denominator, target, reduction)
@@ -235,8 +276,11 @@ class _RowLossTangent(_SingleLevelFunction):
         return grad_v, grad_coefficient, grad_logits, *(None,) * (4 + len(ctx.options))
 
     @staticmethod
-    def jvp(ctx: Any, v_t: Tensor | None, coefficient_t: Tensor | None, logits_t: Tensor | None, *_: Any) -> Any:
-        v, coefficient, logits, target, ratio, class_weight, statistics = ctx.saved_tensors
+    @_nested
+    def jvp(
+        ctx: Any, saved: Any, v_t: Tensor | None, coefficient_t: Tensor | None, logits_t: Tensor | None, *_: Any
+    ) -> Any:
+        v, coefficient, logits, target, ratio, class_weight, statistics = saved
         shared = (logits, target, ratio, class_weight, statistics, *ctx.options)
         terms = []
         if v_t is not None:
