@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._schema import MEAN, NONE, STATISTICS_ROWS, accumulate_dtype
+from ._schema import DENOMINATOR_ROW, MEAN, NONE, STATISTICS_ROWS, accumulate_dtype
 
 _ops = torch.ops.synkern
 
@@ -15,7 +15,7 @@ _ops = torch.ops.synkern
 def _row_loss(logits: Tensor, target: Tensor, weight: Any, ratio: Any, class_weight: Any, *options: Any) -> Any:
     dtype, rows = accumulate_dtype(logits.dtype), logits.shape[0]
     loss = logits.new_empty((rows,) if options[-1] == NONE else (), dtype=dtype)
-    return loss, logits.new_empty((STATISTICS_ROWS, rows), dtype=dtype), logits.new_empty((), dtype=dtype)
+    return loss, logits.new_empty((STATISTICS_ROWS, rows), dtype=dtype)
 
 
 def _row_loss_backward(grad: Tensor, logits: Tensor, target: Tensor, weight: Any, *_: Any) -> tuple[Tensor, Tensor]:
@@ -50,10 +50,6 @@ def _fold_statistics(x: Tensor, dim: int | None, size: int) -> Tensor:
     return front.movedim(0, 1).reshape(front.shape[1], -1)
 
 
-def _unfold_statistics(x: Tensor, size: int) -> Tensor:
-    return x.reshape(x.shape[0], size, -1)
-
-
 def _loop(operator: Any, size: int, in_dims: Any, args: Any) -> Any:
     """One call a sample, for batched class weights, which no single call can hold."""
     samples = []
@@ -76,32 +72,32 @@ def _vmap_row_loss(info: Any, in_dims: Any, *args: Any) -> Any:
     if in_dims[4] is not None:
         return _loop(_ops.row_loss.default, size, in_dims, args)
     rows = [_fold(x, d, size) for x, d in zip((logits, target, weight, ratio), in_dims, strict=False)]
-    losses, statistics, _ = _ops.row_loss.default(*rows, class_weight, *options[:-1], NONE)
-    losses = losses.reshape(size, -1)
-    denominator = losses.new_ones(size)
+    losses, statistics = _ops.row_loss.default(*rows, class_weight, *options[:-1], NONE)
+    losses, statistics = losses.reshape(size, -1), statistics.reshape(statistics.shape[0], size, -1)
     if options[-1] == MEAN:
         front = _front(target, in_dims[1], size)
         assert front is not None
-        denominator = _kept_weight(front, class_weight, options[-2], losses.dtype)
+        denominator = _kept_weight(front, class_weight, options[-2], losses.dtype)[:, None]
+        losses = losses / denominator
+        statistics = torch.cat([statistics[:DENOMINATOR_ROW], denominator.expand(losses.shape)[None]])
     if options[-1] != NONE:
-        losses = losses.sum(-1) / denominator
-    return (losses, _unfold_statistics(statistics, size), denominator), (0, 1, 0)
+        losses = losses.sum(-1)
+    return (losses, statistics), (0, 1)
 
 
 def _vmap_row_loss_backward(info: Any, in_dims: Any, *args: Any) -> Any:
-    size, options = info.batch_size, args[8:]
-    grad, logits, target, weight, ratio, class_weight, statistics, denominator = args[:8]
+    size, options = info.batch_size, args[7:]
+    grad, logits, target, weight, ratio, class_weight, statistics = args[:7]
     if in_dims[5] is not None:
         return _loop(_ops.row_loss_backward.default, size, in_dims, args)
     rows = [_fold(x, d, size) for x, d in zip((logits, target, weight, ratio), in_dims[1:5], strict=True)]
-    grad = _front(grad, in_dims[0], size)
+    statistics = _fold_statistics(statistics, in_dims[6], size)
+    row_grad = _front(grad, in_dims[0], size)
+    assert row_grad is not None
     if options[-1] != NONE:
-        samples = rows[0].shape[0] // size  # type: ignore[union-attr]
-        grad = (grad / _front(denominator, in_dims[7], size))[:, None].expand(size, samples)  # type: ignore[operator]
+        row_grad = row_grad[:, None] / statistics[DENOMINATOR_ROW].reshape(size, -1)
     grad_logits, grad_weight = _ops.row_loss_backward.default(
-        grad.reshape(-1),  # type: ignore[union-attr]
-        *rows, class_weight, _fold_statistics(statistics, in_dims[6], size), denominator.new_ones(()),
-        *options[:-1], NONE,
+        row_grad.reshape(-1), *rows, class_weight, statistics, *options[:-1], NONE
     )
     return (grad_logits.reshape(size, -1, grad_logits.shape[-1]), grad_weight.reshape(size, -1)), (0, 0)
 

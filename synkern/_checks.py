@@ -14,6 +14,20 @@ REDUCTIONS = ("mean", "weighted_mean", "sum", "none")
 
 def check_inputs(name: str, logits: Tensor, target: Tensor) -> None:
     """Raises unless logits (*, C) and target (*) fit each other."""
+    if (
+        isinstance(logits, Tensor)
+        and isinstance(target, Tensor)
+        and logits.dtype in LOGITS_DTYPES
+        and target.dtype in TARGET_DTYPES
+        and logits.dim()
+        and target.shape == logits.shape[:-1]
+        and target.device == logits.device
+    ):
+        return
+    _explain_inputs(name, logits, target)
+
+
+def _explain_inputs(name: str, logits: Tensor, target: Tensor) -> NoReturn:
     if not isinstance(logits, Tensor) or not isinstance(target, Tensor):
         what, x = ("logits", logits) if not isinstance(logits, Tensor) else ("target", target)
         raise TypeError(f"{name}: {what} must be a torch.Tensor, got {type(x).__name__}; use torch.as_tensor({what})")
@@ -26,17 +40,12 @@ def check_inputs(name: str, logits: Tensor, target: Tensor) -> None:
             f"{name}: target must hold class indices as int64, int32, int16 or uint8, got {target.dtype}; "
             "use target.long(), or target.argmax(-1) for one-hot targets"
         )
-    if logits.dim() == 0 or target.shape != logits.shape[:-1]:
-        _bad_target_shape(name, logits, target)
-    if target.device != logits.device:
+    got, shape = tuple(target.shape), tuple(logits.shape)
+    if shape and got == shape[:-1]:
         raise ValueError(
             f"{name}: target must be on the device of logits ({logits.device}), got {target.device}; "
             "use target.to(logits.device)"
         )
-
-
-def _bad_target_shape(name: str, logits: Tensor, target: Tensor) -> NoReturn:
-    got, shape = tuple(target.shape), tuple(logits.shape)
     if not shape:
         raise ValueError(f"{name}: logits must have shape (*, C), got (); use logits.reshape(1, -1)")
     remedy = "the class dimension of logits comes last"
@@ -51,6 +60,8 @@ def _bad_target_shape(name: str, logits: Tensor, target: Tensor) -> NoReturn:
 
 def check_operand(name: str, what: str, x: Tensor, logits: Tensor, target: Tensor) -> None:
     """Raises unless x is a floating tensor with one number a row, (N,) or the shape of target."""
+    if isinstance(x, Tensor) and x.dtype.is_floating_point and x.shape == target.shape and x.device == logits.device:
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: {what} must be a torch.Tensor, got {type(x).__name__}; use torch.as_tensor({what})")
     if not x.dtype.is_floating_point:

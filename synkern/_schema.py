@@ -22,8 +22,9 @@ class LossKind(enum.IntEnum):
 NONE, SUM, MEAN = 0, 1, 2
 REDUCTIONS = {"none": NONE, "sum": SUM, "mean": MEAN}
 
-STATISTICS_ROWS = 4
+STATISTICS_ROWS = 5
 RATIO_ROW = 3  # row of the statistics that holds the IMP or DIMP weight
+DENOMINATOR_ROW = 4  # what the row's loss was divided by
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from . import _checks, backends
+from ._autograd import row_loss
 from ._schema import RATIO_ROW, REDUCTIONS, LossKind, accumulate_dtype
 
 LOG_ZERO = math.log(1e-4)
-_operator = torch.ops.synkern.row_loss.default
 
 Number = float | int
 
@@ -102,13 +102,14 @@ def _call(
     if class_weight is not None:
         _checks.check_class_weight(name, class_weight, logits)
         class_weight = class_weight.to(dtype)
-    if logits.dim() != 2:
+    if len(shape) != 1:
         logits, target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     divided = normalizer is not None or reduction == "weighted_mean"
-    loss, statistics, _ = _operator(
+    arguments = (
         logits, target, sample_weight, ratio, class_weight, kind, p0, p1, p2, label_smoothing, z_loss, ignore_index,
         REDUCTIONS["sum" if divided else reduction],
     )
+    loss, weights = (row_loss(*arguments), None) if not return_weights else _with_weights(arguments, shape)
     if divided:
         if normalizer is None:
             kept = target != ignore_index
@@ -116,9 +117,12 @@ def _call(
         loss = loss / normalizer
     elif reduction == "none" and loss.shape != shape:
         loss = loss.reshape(shape)
-    if return_weights:
-        return loss, statistics[RATIO_ROW].detach().reshape(shape)
-    return loss
+    return (loss, weights) if return_weights else loss
+
+
+def _with_weights(arguments: tuple[Any, ...], shape: torch.Size) -> tuple[Tensor, Tensor]:
+    loss, statistics = torch.ops.synkern.row_loss.default(*arguments)
+    return loss, statistics[RATIO_ROW].detach().reshape(shape)
 
 
 @_documented

@@ -5,9 +5,8 @@ of the logits. Sample weights, ignored rows and reductions are left out: they ar
 caller. In float64 these functions are what the kernels are tested against; in other dtypes they are what the benchmarks
 call eager PyTorch. They run on every device and under every transform that PyTorch itself supports.
 
-Throughout, ``t = log softmax(logits)[target]`` is the log-probability of the target and ``p = exp(t)``. ``1 - p`` is taken
-as ``-expm1(t)``, which keeps its digits where p is close to one. Every function takes ``class_weight`` (C,): the loss of a
-row is multiplied by ``class_weight[target]``.
+Throughout, ``t = log softmax(logits)[target]`` is the log-probability of the target and ``p = exp(t)``. Every function
+takes ``class_weight`` (C,): the loss of a row is multiplied by ``class_weight[target]``.
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ def rce_loss(
     Source:
         Wang et al., "Symmetric Cross Entropy for Robust Learning with Noisy Labels" (ICCV 2019).
     """
-    loss = log_zero * torch.expm1(log_prob_of_target(logits, target))
+    loss = -log_zero * (1 - torch.exp(log_prob_of_target(logits, target)))
     return _class_weighted(loss, target, class_weight)
 
 
@@ -120,7 +119,7 @@ def mae_loss(logits: Tensor, target: Tensor, *, class_weight: Tensor | None = No
     Source:
         Ghosh et al., "Robust Loss Functions under Label Noise for Deep Neural Networks" (AAAI 2017).
     """
-    return _class_weighted(-2 * torch.expm1(log_prob_of_target(logits, target)), target, class_weight)
+    return _class_weighted(2 * (1 - torch.exp(log_prob_of_target(logits, target))), target, class_weight)
 
 
 def gce_loss(
@@ -148,9 +147,9 @@ def gce_loss(
         (NeurIPS 2018), equations 6 and 7.
     """
     t = log_prob_of_target(logits, target)
-    loss = -torch.expm1(q * t) / q
+    loss = (1 - torch.exp(q * t)) / q
     if truncation is not None:
-        ceiling = -math.expm1(q * math.log(truncation)) / q
+        ceiling = (1 - truncation**q) / q
         loss = torch.where(t <= math.log(truncation), torch.full_like(loss, ceiling), loss)
     return _class_weighted(loss, target, class_weight)
 
@@ -181,7 +180,7 @@ def sce_loss(
         Wang et al., "Symmetric Cross Entropy for Robust Learning with Noisy Labels" (ICCV 2019), equation 8.
     """
     t = log_prob_of_target(logits, target)
-    return _class_weighted(-alpha * t + beta * log_zero * torch.expm1(t), target, class_weight)
+    return _class_weighted(-alpha * t - beta * log_zero * (1 - torch.exp(t)), target, class_weight)
 
 
 def focal_loss(
@@ -208,6 +207,7 @@ def focal_loss(
         Lin et al., "Focal Loss for Dense Object Detection" (ICCV 2017), equation 4.
     """
     t = log_prob_of_target(logits, target)
+    # 1 - p by expm1: a power below one multiplies the error that 1 - exp(t) makes at confident rows.
     modulation = (-torch.expm1(t)).pow(gamma)
     if detach_modulation:
         modulation = modulation.detach()

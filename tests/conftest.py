@@ -21,6 +21,10 @@ settings.register_profile("thorough", parent=settings.get_profile("synkern"), de
 settings.load_profile(os.environ.get("SYNKERN_HYPOTHESIS_PROFILE", "synkern"))
 
 
+# One thread a process: the cores go to pytest-xdist's workers. The tests of threads say how many they want.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -65,14 +65,14 @@ def test_as_exact_as_torch(case: Case, size: tuple[int, int], dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_16_bit_gradients_are_rounded_once(case: Case, dtype: torch.dtype) -> None:
-    inputs = make_inputs(case, 32, 100, dtype)
-    cotangent = torch.full((32,), 10.0, device=case.device)
+    inputs = make_inputs(case, 512, 20, dtype, spread=4.0)
+    cotangent = torch.full((512,), 10.0, device=case.device)
     exact = eager_result(case, inputs, cotangent, torch.float64, torch.float64).gradient.to(dtype)
     actual = kernel_result(case, inputs, cotangent).gradient
     # A float32 result close to the middle between two neighbours may go either way; weights applied after a first
     # rounding, or probabilities rounded before they are used, change a third of the entries.
     normal = exact.abs() >= torch.finfo(dtype).tiny
-    assert normal.double().mean() > 0.5
+    assert normal.sum() > 100
     assert (actual == exact)[normal].double().mean().item() > 0.99
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 # Error that is allowed where PyTorch makes none. Rounding of the result, and of a sum over C entries in one order or
 # another; for the 16-bit dtypes, whose values are computed and returned in float32, one rounding of the gradient.
 FLOOR = {
-    torch.float64: 1e-12,
+    torch.float64: 2**14 * torch.finfo(torch.float64).eps,
     torch.float32: 16 * torch.finfo(torch.float32).eps,
     torch.bfloat16: torch.finfo(torch.bfloat16).eps / 2,
     torch.float16: torch.finfo(torch.float16).eps / 2,

@@ -136,7 +136,8 @@ void backward(const Rows& r, const void* grad, double scale, void* gradient, voi
   A* grad_weight = static_cast<A*>(grad_weight_);
   for (int64_t i = begin; i < end; ++i) {
     const RowContext c = saved_context<T>(r, i);
-    const double scale_i = scale * at_or<A>(grad, i, 1.0);
+    const double scale_i =
+        grad ? at_or<A>(grad, i, 0.0) : scale / at_or<A>(r.statistics, stat_denominator * r.rows + i, 1.0);
     if (grad_weight) grad_weight[i] = c.kept ? A(scale_i * c.value) : A(0);
     write_row_gradient(r, c, row_of<T>(r.logits, r.logits_stride, i), scale_i * at_or<A>(r.weight, i, 1.0),
                        static_cast<T*>(gradient) + i * r.classes);

@@ -29,15 +29,23 @@ struct Rows {
 
 // Rows of `statistics`. The sum leaves out one occurrence of the maximum: log1p of it keeps the digits of a
 // confident row that log(1 + tiny) loses.
-enum Statistic { stat_max = 0, stat_rest = 1, stat_centered_logit = 2, stat_ratio = 3, statistics_rows = 4 };
+// Each row carries the denominator of the reduction it went into, so that backward works row by row.
+enum Statistic {
+  stat_max = 0,
+  stat_rest = 1,
+  stat_centered_logit = 2,
+  stat_ratio = 3,
+  stat_denominator = 4,
+  statistics_rows = 5,
+};
 
 // Every function works on rows [begin, end). F_i is the loss of row i times its class weight, without `weight`.
 struct RowKernels {
   const char* isa;
-  // loss[i] = weight_i F_i; writes the statistics. The targets must have been checked.
+  // loss[i] = weight_i F_i; writes the statistics but the denominator. The targets must have been checked.
   void (*forward)(const Rows&, void* loss, int64_t begin, int64_t end);
   // gradient[i, :] = scale_i weight_i dF_i/dlogits; grad_weight[i] = scale_i F_i where not null.
-  // scale_i = scale * grad[i], or scale where grad is null.
+  // scale_i = grad[i], or scale / denominator_i where grad is null.
   void (*backward)(const Rows&, const void* grad, double scale, void* gradient, void* grad_weight, int64_t begin,
                    int64_t end);
   // directional[i] = coefficient_i <dF_i/dlogits, v_i>; coefficient may be null (1).

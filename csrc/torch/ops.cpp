@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <memory>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 
@@ -57,6 +57,20 @@ IndexType index_type_of(const Tensor& target) {
   return IndexType::int64;
 }
 
+// torch::stable::new_empty looks its operator up by name at every call, which is most of a small batch's time; the C
+// function beneath allocates at once.
+Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  int64_t strides[2] = {1, 1};
+  if (sizes.size() == 2) strides[0] = sizes.begin()[1] > 0 ? sizes.begin()[1] : 1;
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.begin(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
 ScalarType accumulate_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -74,12 +88,15 @@ Matrix matrix(const Tensor& x) {
   return {std::move(rows), stride};
 }
 
+// Saves a dispatcher call, of which a small batch has few to spare.
+Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 // A vector operand: checked, contiguous, in the accumulation type.
 Tensor vector(const Tensor& x, const char* name, int64_t size, ScalarType type) {
   STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == size, "synkern::row_loss: ", name, " must have shape (", size, ",)");
   STD_TORCH_CHECK(x.scalar_type() == type, "synkern::row_loss: ", name,
                   " must be float64 for float64 logits and float32 otherwise");
-  return torch::stable::contiguous(x);
+  return as_contiguous(x);
 }
 
 MaybeTensor vector(const MaybeTensor& x, const char* name, int64_t size, ScalarType type) {
@@ -88,13 +105,25 @@ MaybeTensor vector(const MaybeTensor& x, const char* name, int64_t size, ScalarT
 
 const void* data_of(const MaybeTensor& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
 
-double sum_of(const MaybeTensor& x, int64_t otherwise) {
-  if (!x.has_value()) return double(otherwise);
+// In row order, in double: the same bits whatever the number of threads.
+double ordered_sum(const void* x, int64_t n, ScalarType type) {
   double sum = 0;
-  for (int64_t i = 0; i < x->size(0); ++i)
-    sum += x->scalar_type() == ScalarType::Double ? static_cast<const double*>(x->const_data_ptr())[i]
-                                                  : double(static_cast<const float*>(x->const_data_ptr())[i]);
+  if (type == ScalarType::Double) {
+    for (int64_t i = 0; i < n; ++i) sum += static_cast<const double*>(x)[i];
+  } else {
+    for (int64_t i = 0; i < n; ++i) sum += double(static_cast<const float*>(x)[i]);
+  }
   return sum;
+}
+
+void fill(const Tensor& x, int64_t begin, int64_t n, double value) {
+  if (x.scalar_type() == ScalarType::Double) {
+    double* p = static_cast<double*>(x.mutable_data_ptr()) + begin;
+    for (int64_t i = 0; i < n; ++i) p[i] = value;
+  } else {
+    float* p = static_cast<float*>(x.mutable_data_ptr()) + begin;
+    for (int64_t i = 0; i < n; ++i) p[i] = float(value);
+  }
 }
 
 // The operands of one call, kept alive while the kernels hold pointers into them.
@@ -108,13 +137,13 @@ struct Problem {
   Problem(const Tensor& logits_, const Tensor& target_, const MaybeTensor& weight_, const MaybeTensor& ratio_,
           const MaybeTensor& class_weight_, const Tensor* statistics_, const Options& options)
       : logits((check_shapes(logits_, target_), matrix(logits_))),
-        target(torch::stable::contiguous(target_)),
+        target(as_contiguous(target_)),
         weight(vector(weight_, "weight", logits_.size(0), accumulate_type(logits_))),
         ratio(vector(ratio_, "ratio", logits_.size(0), accumulate_type(logits_))),
         class_weight(vector(class_weight_, "class_weight", logits_.size(1), accumulate_type(logits_))),
-        statistics(statistics_ ? torch::stable::contiguous(*statistics_)
-                               : torch::stable::new_empty(logits_, {int64_t(statistics_rows), logits_.size(0)},
-                                                          accumulate_type(logits_))) {
+        statistics(statistics_ ? as_contiguous(*statistics_)
+                               : new_tensor(logits_, {int64_t(statistics_rows), logits_.size(0)},
+                                            accumulate_type(logits_))) {
     STD_TORCH_CHECK(options.loss >= 0 && options.loss < int64_t(LossKind::count),
                     "synkern::row_loss: loss must be a LossKind, got ", options.loss);
     rows.logits = logits.tensor.const_data_ptr();
@@ -128,7 +157,9 @@ struct Problem {
     rows.weight = data_of(weight);
     rows.ratio = data_of(ratio);
     rows.class_weight = data_of(class_weight);
-    rows.class_weight_sum = options.label_smoothing != 0.0 ? sum_of(class_weight, rows.classes) : 0.0;
+    rows.class_weight_sum = double(rows.classes);
+    if (options.label_smoothing != 0.0 && class_weight.has_value())
+      rows.class_weight_sum = ordered_sum(rows.class_weight, rows.classes, accumulate());
     rows.loss = {LossKind(options.loss), options.p0, options.p1, options.p2, options.label_smoothing, options.z_loss};
     rows.statistics = statistics.mutable_data_ptr();
   }
@@ -147,12 +178,16 @@ struct Problem {
 
   ScalarType accumulate() const { return accumulate_type(logits.tensor); }
 
-  Tensor new_vector() const { return torch::stable::new_empty(logits.tensor, {rows.rows}, accumulate()); }
+  Tensor new_vector() const { return new_tensor(logits.tensor, {rows.rows}, accumulate()); }
 
   Tensor new_matrix() const {
-    Tensor out = torch::stable::new_empty(logits.tensor, {rows.rows, rows.classes});
+    Tensor out = new_tensor(logits.tensor, {rows.rows, rows.classes}, logits.tensor.scalar_type());
     advise_fresh_output(out.mutable_data_ptr(), int64_t(out.numel()) * int64_t(out.element_size()));
     return out;
+  }
+
+  void forward(void* losses) const {
+    for_rows([&](int64_t b, int64_t e) { row_kernels().forward(rows, losses, b, e); });
   }
 
   template <typename F>
@@ -166,7 +201,7 @@ struct Problem {
 };
 
 Tensor scalar_tensor(const Problem& problem, double value) {
-  Tensor out = torch::stable::new_empty(problem.logits.tensor, {}, problem.accumulate());
+  Tensor out = new_tensor(problem.logits.tensor, {}, problem.accumulate());
   if (problem.accumulate() == ScalarType::Double)
     *static_cast<double*>(out.mutable_data_ptr()) = value;
   else
@@ -180,49 +215,46 @@ double scalar_value(const Tensor& x) {
                                                : double(*static_cast<const float*>(x.const_data_ptr()));
 }
 
-// In row order, in double: the same bits whatever the number of threads.
-double ordered_sum(const Tensor& x) {
-  double sum = 0;
-  const int64_t n = x.size(0);
-  if (x.scalar_type() == ScalarType::Double) {
-    const double* p = static_cast<const double*>(x.const_data_ptr());
-    for (int64_t i = 0; i < n; ++i) sum += p[i];
-  } else {
-    const float* p = static_cast<const float*>(x.const_data_ptr());
-    for (int64_t i = 0; i < n; ++i) sum += double(p[i]);
-  }
-  return sum;
-}
-
-std::tuple<Tensor, Tensor, Tensor> row_loss(const Tensor& logits, const Tensor& target, MaybeTensor weight,
+std::tuple<Tensor, Tensor> row_loss(const Tensor& logits, const Tensor& target, MaybeTensor weight,
                                             MaybeTensor ratio, MaybeTensor class_weight, int64_t loss, double p0,
                                             double p1, double p2, double label_smoothing, double z_loss,
                                             int64_t ignore_index, int64_t reduction) {
   Problem problem(logits, target, weight, ratio, class_weight, nullptr,
                   {loss, p0, p1, p2, label_smoothing, z_loss, ignore_index});
   problem.check_targets();
-  Tensor losses = problem.new_vector();
-  void* out = losses.mutable_data_ptr();
-  problem.for_rows([&](int64_t b, int64_t e) { row_kernels().forward(problem.rows, out, b, e); });
-  const double denominator = Reduction(reduction) == Reduction::mean ? kept_weight(problem.rows) : 1.0;
-  if (Reduction(reduction) != Reduction::none) losses = scalar_tensor(problem, ordered_sum(losses) / denominator);
-  return {losses, problem.statistics, scalar_tensor(problem, denominator)};
+  const Reduction kind = Reduction(reduction);
+  const double denominator = kind == Reduction::mean ? kept_weight(problem.rows) : 1.0;
+  fill(problem.statistics, stat_denominator * problem.rows.rows, problem.rows.rows, denominator);
+  if (kind == Reduction::none) {
+    Tensor losses = problem.new_vector();
+    problem.forward(losses.mutable_data_ptr());
+    return {losses, problem.statistics};
+  }
+  // The row losses of a small batch live on the stack: an allocation costs as much as 8 of its rows.
+  double small[512];
+  const bool fits = problem.rows.rows <= 512;
+  std::optional<Tensor> large;
+  if (!fits) large = problem.new_vector();
+  void* losses = fits ? small : large->mutable_data_ptr();
+  problem.forward(losses);
+  return {scalar_tensor(problem, ordered_sum(losses, problem.rows.rows, problem.accumulate()) / denominator),
+          problem.statistics};
 }
 
 std::tuple<Tensor, Tensor> row_loss_backward(const Tensor& grad, const Tensor& logits, const Tensor& target,
                                              MaybeTensor weight, MaybeTensor ratio, MaybeTensor class_weight,
-                                             const Tensor& statistics, const Tensor& denominator, int64_t loss,
-                                             double p0, double p1, double p2, double label_smoothing, double z_loss,
-                                             int64_t ignore_index, int64_t reduction) {
+                                             const Tensor& statistics, int64_t loss, double p0, double p1, double p2,
+                                             double label_smoothing, double z_loss, int64_t ignore_index,
+                                             int64_t reduction) {
   Problem problem(logits, target, weight, ratio, class_weight, &statistics,
                   {loss, p0, p1, p2, label_smoothing, z_loss, ignore_index});
   const bool reduced = Reduction(reduction) != Reduction::none;
-  const double scale = (reduced ? scalar_value(grad) : 1.0) / scalar_value(denominator);
+  const double scale = reduced ? scalar_value(grad) : 1.0;
   MaybeTensor row_grad;
   if (!reduced) row_grad = vector(grad, "grad", problem.rows.rows, problem.accumulate());
   Tensor gradient = problem.new_matrix();
-  Tensor grad_weight = torch::stable::new_empty(problem.logits.tensor, {weight.has_value() ? problem.rows.rows : 0},
-                                                problem.accumulate());
+  Tensor grad_weight = new_tensor(problem.logits.tensor, {weight.has_value() ? problem.rows.rows : 0},
+                                  problem.accumulate());
   void *out = gradient.mutable_data_ptr(), *out_weight = weight.has_value() ? grad_weight.mutable_data_ptr() : nullptr;
   problem.for_rows([&](int64_t b, int64_t e) {
     row_kernels().backward(problem.rows, data_of(row_grad), scale, out, out_weight, b, e);
@@ -280,9 +312,9 @@ std::tuple<Tensor, Tensor> row_loss_hvp(const Tensor& v, const Tensor& coefficie
 
 STABLE_TORCH_LIBRARY(synkern, m) {
   m.def("row_loss(Tensor logits, Tensor target, Tensor? weight, Tensor? ratio, Tensor? class_weight, " SYNKERN_OPTIONS
-        ", int reduction) -> (Tensor loss, Tensor statistics, Tensor denominator)");
+        ", int reduction) -> (Tensor loss, Tensor statistics)");
   m.def("row_loss_backward(Tensor grad, Tensor logits, Tensor target, Tensor? weight, Tensor? ratio, "
-        "Tensor? class_weight, Tensor statistics, Tensor denominator, " SYNKERN_OPTIONS
+        "Tensor? class_weight, Tensor statistics, " SYNKERN_OPTIONS
         ", int reduction) -> (Tensor grad_logits, Tensor grad_weight)");
   m.def("row_loss_tangent(Tensor v, Tensor? coefficient, Tensor logits, Tensor target, Tensor? ratio, "
         "Tensor? class_weight, Tensor statistics, " SYNKERN_OPTIONS ") -> Tensor");

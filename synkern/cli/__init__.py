@@ -8,7 +8,10 @@ from synkern.cli.info import info
 from synkern.cli.train import demo, train
 
 app = typer.Typer(
-    name="synkern", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="synkern",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Losses that weigh every row, and the published training methods built on them.",
 )
 app.command()(train)

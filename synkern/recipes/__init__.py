@@ -1,6 +1,6 @@
 """Published training methods as short programs on synkern's public functions.
 
-``importance`` holds Algorithms 1 and 2 of "Not All LLM-Generated Data Are Equal" (IMP-Loss and DIMP-Loss); ``train`` runs
+``importance`` holds Algorithms 1 and 2 of "Not All LLM-Generated Data Are Equal" (IMP-Loss, DIMP-Loss); ``train`` runs
 them, with cross entropy and focal loss beside them, from files to table and plots; ``demo`` does so on film reviews.
 ``data``, ``noise``, ``models``, ``training``, ``checkpoint`` and ``report`` are the parts they are made of.
 

@@ -1,7 +1,8 @@
 """States as one safetensors file, and signals that end a training at a step from which it can go on.
 
-A state is a tree of dictionaries, lists, numbers, strings, tensors and numpy arrays. Its tensors become the tensors of the
-file, the rest becomes JSON in the file's metadata: one file, so one rename makes the whole state appear, and no pickle.
+A state is a tree of dictionaries, lists, numbers, strings, tensors and numpy arrays. Its tensors become the tensors of
+the file, the rest becomes JSON in the file's metadata: one file, so one rename makes the whole state appear, and no
+pickle.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ def load_state(path: Path) -> dict[str, Any]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return _unpack(json.loads(metadata["state"]), tensors)
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise RecipeError(f"{path}: expected a state saved by synkern, got {error}; delete the file and start again") from error
+        raise RecipeError(
+            f"{path}: expected a state saved by synkern, got {error}; delete it and start again"
+        ) from error
 
 
 class Interrupted(KeyboardInterrupt):

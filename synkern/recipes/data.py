@@ -71,6 +71,7 @@ class LabelSet:
     @classmethod
     def from_option(cls, value: str) -> LabelSet:
         """From names separated by commas, or from a JSON file: a list, or an object with a list ``labels``."""
+        names: Any
         if not value.endswith(".json"):
             names = [name.strip() for name in value.split(",")]
         else:
@@ -80,8 +81,10 @@ class LabelSet:
                 raise DataError(f"--labels {value}: expected a readable JSON file, got {error}") from error
             names = content.get("labels") if isinstance(content, dict) else content
         if not isinstance(names, list) or len(set(names)) < 2 or not all(isinstance(n, str) and n for n in names):
-            raise DataError(f"--labels {value}: expected at least two different names, got {names!r}; "
-                            "give them as a,b,c or as a JSON file with a list `labels`")
+            raise DataError(
+                f"--labels {value}: expected at least two different names, got {names!r}; "
+                "give them as a,b,c or as a JSON file with a list `labels`"
+            )
         return cls(tuple(names))
 
 
@@ -201,8 +204,9 @@ class _Reader:
             else:
                 rows.append({"where": where, "row": int(where.rpartition(" ")[2]), **row})
         if not rows:
-            raise DataError(f"{self.source}: expected rows with text and label, got no usable row "
-                            f"({len(self.skipped)} skipped)")
+            raise DataError(
+                f"{self.source}: expected rows with text and label, got no usable row ({len(self.skipped)} skipped)"
+            )
         if labels is None:
             labels = LabelSet.from_labels(row["label"] for row in rows)
             self._index_from_rows(rows, labels)
@@ -229,18 +233,20 @@ class _Reader:
 
     def _find_text(self, names: list[str]) -> tuple[str, str | None]:
         if self.columns.label not in names:
-            raise DataError(f"{self.source}: expected a column {self.columns.label!r} with labels, got {names}; "
-                            "name it with --label-column")
-        if self.columns.text is None:
-            wanted = _TEXT_COLUMNS
-        else:
-            wanted = ((self.columns.text, self.columns.text_pair),)
+            raise DataError(
+                f"{self.source}: expected a column {self.columns.label!r} with labels, got {names}; "
+                "name it with --label-column"
+            )
+        named = self.columns.text is not None
+        wanted = ((self.columns.text, self.columns.text_pair),) if named else _TEXT_COLUMNS
         for text, pair in wanted:
             if text in names and (pair is None or pair in names):
                 return text, pair
         described = " or ".join(" and ".join(filter(None, pair)) for pair in wanted)
-        raise DataError(f"{self.source}: expected the text column {described}, got {names}; "
-                        "name it with --text-column (and --text-pair-column)")
+        raise DataError(
+            f"{self.source}: expected the text column {described}, got {names}; "
+            "name it with --text-column (and --text-pair-column)"
+        )
 
     @staticmethod
     def _index_labels(row: dict[str, Any], labels: LabelSet) -> None:
@@ -298,8 +304,9 @@ def file_records(path: Path) -> Iterator[tuple[str, dict[str, Any] | _BadRow]]:
     """Rows of a file with their places, "line 7" or, in .parquet, "row 7"; an unreadable row comes as its problem."""
     suffix = _suffix(str(path))
     if not path.is_file():
-        raise DataError(f"{path}: expected a file, got none at this path; check the name (the current folder is "
-                        f"{Path.cwd()})")
+        raise DataError(
+            f"{path}: expected a file, got none at this path; check the name (the current folder is {Path.cwd()})"
+        )
     try:
         if suffix == ".parquet":
             yield from _parquet_records(path)
@@ -318,8 +325,10 @@ def _jsonl_records(file: IO[str]) -> Iterator[tuple[str, dict[str, Any] | _BadRo
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            yield f"line {number}", _BadRow(f"expected one JSON object a line, got malformed JSON ({error.msg} at "
-                                            f"column {error.colno})")
+            yield (
+                f"line {number}",
+                _BadRow(f"expected one JSON object a line, got malformed JSON ({error.msg} at column {error.colno})"),
+            )
             continue
         if isinstance(record, dict):
             yield f"line {number}", record
@@ -340,7 +349,7 @@ def _csv_records(file: IO[str]) -> Iterator[tuple[str, dict[str, Any] | _BadRow]
             except StopIteration:
                 return
             except csv.Error as error:
-                yield f"line {first}", _BadRow(f"expected a row of comma-separated values, got an unreadable one ({error})")
+                yield f"line {first}", _BadRow(f"expected a row of comma-separated values, got {error}")
                 continue
             if not fields:
                 continue
@@ -379,8 +388,10 @@ def _hub_records(
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split or default_split)
     except Exception as error:  # the packages below `datasets` raise many kinds
-        raise DataError(f"{source}: expected a {', '.join(_FORMATS)} file or a dataset id that `datasets` can load as "
-                        f"name, name:split or name@configuration:split, got {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"{source}: expected a {', '.join(_FORMATS)} file or a dataset id that `datasets` can load as "
+            f"name, name:split or name@configuration:split, got {type(error).__name__}: {error}"
+        ) from error
     feature = rows.features.get(columns.label)
     if labels is None and isinstance(feature, datasets.ClassLabel):
         labels = LabelSet(tuple(feature.names))

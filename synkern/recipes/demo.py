@@ -17,7 +17,7 @@ from synkern.recipes.settings import TrainSettings
 from synkern.recipes.train import write_rows
 
 LABELS = LabelSet(("negative", "positive"))
-SIZES = {"train": 1800, "real": 400, "test": 1000}
+SIZES = {"train": 1500, "real": 500, "test": 1000}
 MAX_LENGTH = 128
 
 
@@ -54,8 +54,15 @@ def demo_settings(out: Path, threads: int | None = None) -> TrainSettings:
     """Write the data next to ``out``, in a folder ``<out>-data``, and return the settings of the demo."""
     paths = write_splits(out.with_name(f"{out.name}-data"))
     return TrainSettings(
-        train=str(paths["train"]), real=str(paths["real"]), test=str(paths["test"]), out=str(out),
-        methods=("ce", "focal", "imp", "dimp"), seeds=1, noise=True, max_length=MAX_LENGTH, threads=threads,
+        train=str(paths["train"]),
+        real=str(paths["real"]),
+        test=str(paths["test"]),
+        out=str(out),
+        methods=("ce", "focal", "imp", "dimp"),
+        seeds=1,
+        noise=True,
+        max_length=MAX_LENGTH,
+        threads=threads,
     )
 
 

@@ -1,7 +1,7 @@
 """IMP-Loss and DIMP-Loss: Algorithms 1 and 2 of 003, with cross entropy and focal loss to compare.
 
-003 is "Not All LLM-Generated Data Are Equal: Rethinking Data Weighting in Text Classification" (Kuo et al., 2024). D_P' is
-a small data set whose labels can be trusted ("real"), D_Q a large one whose labels cannot ("train").
+003 is "Not All LLM-Generated Data Are Equal: Rethinking Data Weighting in Text Classification" (Kuo et al., 2024). D_P'
+is a small data set whose labels can be trusted ("real"), D_Q a large one whose labels cannot ("train").
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ class LossOptions:
     max_weight: float | None = None
 
 
+def unweighted(logits: Tensor, target: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy with weight 1 for every row (003 Eq. 1 on real, Eq. 3 on generated data): fits the checkers too."""
+    return fused_cross_entropy(logits, target), torch.ones(len(rows), device=logits.device)
+
+
 def cross_entropy(checkers: Checkers, options: LossOptions) -> RowLoss:
     """Every row has weight 1 (003 Eq. 3)."""
-
-    def row_loss(logits: Tensor, target: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return fused_cross_entropy(logits, target), torch.ones(len(rows), device=logits.device)
-
-    return row_loss
+    return unweighted
 
 
 def focal(checkers: Checkers, options: LossOptions) -> RowLoss:
@@ -61,8 +62,12 @@ def imp(checkers: Checkers, options: LossOptions) -> RowLoss:
 
     def row_loss(logits: Tensor, target: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:  # step 4
         return fused_imp_loss(
-            logits, target, log_quality=log_quality[rows], log_diversity=log_diversity[rows],
-            max_weight=options.max_weight, return_weights=True,
+            logits,
+            target,
+            log_quality=log_quality[rows],
+            log_diversity=log_diversity[rows],
+            max_weight=options.max_weight,
+            return_weights=True,
         )
 
     return row_loss

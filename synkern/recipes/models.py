@@ -88,8 +88,9 @@ class EncodedText:
         """Padded inputs {name: (n, T)} and targets (n,) of the given rows."""
         inputs = {}
         for name, values in self.features.items():
-            padded = pad_sequence([torch.tensor(values[row]) for row in rows], batch_first=True,
-                                  padding_value=self.padding[name])
+            padded = pad_sequence(
+                [torch.tensor(values[row]) for row in rows], batch_first=True, padding_value=self.padding[name]
+            )
             inputs[name] = padded.to(device)
         return inputs, self.target[torch.as_tensor(rows)].to(device)
 
@@ -124,7 +125,10 @@ class ModelFamily:
 
         names = self.labels.names
         return AutoModelForSequenceClassification.from_pretrained(
-            self.name, num_labels=len(names), id2label=dict(enumerate(names)), ignore_mismatched_sizes=True,
+            self.name,
+            num_labels=len(names),
+            id2label=dict(enumerate(names)),
+            ignore_mismatched_sizes=True,
             label2id={name: index for index, name in enumerate(names)},
         )
 
@@ -132,17 +136,23 @@ class ModelFamily:
         """Token indices of the rows, cut at ``max_length`` tokens."""
         if data.paired != self.paired:
             expected, got = ("text pairs", "single texts") if self.paired else ("single texts", "text pairs")
-            raise RecipeError(f"{data.source}: expected {expected} as in the training data, got {got}; name the columns "
-                             "with --text-column and --text-pair-column")
+            raise RecipeError(
+                f"{data.source}: expected {expected} as in the training data, got {got}; name the "
+                "columns with --text-column and --text-pair-column"
+            )
         pairs = data.frame["text_pair"].tolist() if self.paired else None
         features = _encode(self.tokenizer, data.frame["text"].tolist(), pairs, self.max_length)
         target = torch.tensor(data.frame["label"].to_numpy(), dtype=torch.int64)
         return EncodedText(features, target, _padding(self.tokenizer, features))
 
     def save(self, folder: Path, model: nn.Module) -> None:
-        """Write model (safetensors), configuration, vocabulary and labels to ``folder``; see :func:`load_classifier`."""
-        description = {"model": BILSTM if self.from_scratch else "transformers", "labels": list(self.labels.names),
-                       "max_length": self.max_length, "paired": self.paired}
+        """Write model (safetensors), configuration, vocabulary and labels for :func:`load_classifier`."""
+        description = {
+            "model": BILSTM if self.from_scratch else "transformers",
+            "labels": list(self.labels.names),
+            "max_length": self.max_length,
+            "paired": self.paired,
+        }
 
         def write(temporary: Path) -> None:
             self.tokenizer.save_pretrained(temporary)
@@ -185,7 +195,10 @@ def word_tokenizer(texts: Sequence[str], max_words: int = 50_000) -> Any:
         single="$A", pair=f"$A {_SEPARATOR} $B", special_tokens=[(_SEPARATOR, words.token_to_id(_SEPARATOR))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token=_PAD, unk_token=_UNKNOWN, sep_token=_SEPARATOR,
+        tokenizer_object=words,
+        pad_token=_PAD,
+        unk_token=_UNKNOWN,
+        sep_token=_SEPARATOR,
         model_input_names=["input_ids", "attention_mask"],
     )
 
@@ -203,8 +216,13 @@ def model_family(name: str, max_length: int, train: LabelledText, real: Labelled
         RecipeError: no such model.
     """
     if name == BILSTM:
-        texts = [text for data in (train, real) for column in ("text", "text_pair") if column in data.frame
-                 for text in data.frame[column]]
+        texts = [
+            text
+            for data in (train, real)
+            for column in ("text", "text_pair")
+            if column in data.frame
+            for text in data.frame[column]
+        ]
         tokenizer = word_tokenizer(texts)
     else:
         from transformers import AutoTokenizer
@@ -212,11 +230,14 @@ def model_family(name: str, max_length: int, train: LabelledText, real: Labelled
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise RecipeError(f"--model {name}: expected bilstm, or a transformers model by folder or id, got {error}") \
-                from error
+            raise RecipeError(
+                f"--model {name}: expected bilstm, or a transformers model by folder or id, got {error}"
+            ) from error
         if tokenizer.pad_token_id is None:
-            raise RecipeError(f"--model {name}: expected a tokenizer with a padding token, got none; choose an encoder "
-                             "model such as BERT")
+            raise RecipeError(
+                f"--model {name}: expected a tokenizer with a padding token, got none; choose an encoder "
+                "model such as BERT"
+            )
     return ModelFamily(name, tokenizer, train.labels, max_length, train.paired)
 
 
@@ -236,7 +257,9 @@ class Classifier:
     max_length: int
 
     @torch.inference_mode()
-    def predict_probability(self, texts: list[str], text_pairs: list[str] | None = None, batch_size: int = 64) -> np.ndarray:
+    def predict_probability(
+        self, texts: list[str], text_pairs: list[str] | None = None, batch_size: int = 64
+    ) -> np.ndarray:
         """Probabilities (N, C) of the classes ``labels`` for each text."""
         features = _encode(self.tokenizer, texts, text_pairs, self.max_length)
         data = EncodedText(features, torch.zeros(len(texts), dtype=torch.int64), _padding(self.tokenizer, features))
@@ -259,8 +282,10 @@ def load_classifier(folder: str | Path) -> Classifier:
 
     folder = Path(folder)
     if not (folder / _DESCRIPTION).is_file():
-        raise RecipeError(f"load_classifier: expected a model saved by `synkern train` in {folder}, got no "
-                         f"{_DESCRIPTION} there; give a folder such as runs/dimp/models/dimp-seed0")
+        raise RecipeError(
+            f"load_classifier: expected a model saved by `synkern train` in {folder}, got no "
+            f"{_DESCRIPTION} there; give a folder such as runs/dimp/models/dimp-seed0"
+        )
     description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
     if description["model"] == BILSTM:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)

@@ -11,9 +11,9 @@ ORIGINAL, SWAPPED, DUPLICATED = GROUPS = ("original", "swapped", "duplicated")
 def add_noise(frame: pd.DataFrame, num_classes: int, seed: int = 0) -> pd.DataFrame:
     """Make noisy training data out of clean data: a third of the rows stays, a third is relabelled, a third doubled.
 
-    The rows are split at random into three parts that differ by one row at most. "original" rows stay as they are;
-    "swapped" rows get another label than their own, each of the others with the same probability; "duplicated" rows stand
-    twice in the result.
+    The rows are split at random into three parts whose sizes differ by one at most. "original" rows stay as they are;
+    "swapped" rows get another label than their own, each of the others with the same probability; "duplicated" rows
+    stand twice in the result.
 
     Args:
         frame: rows with an integer column ``label`` in [0, num_classes).

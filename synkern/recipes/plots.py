@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -19,17 +19,22 @@ if TYPE_CHECKING:
     from synkern.recipes.report import Report
 
 ACCURACY, HISTOGRAM, GROUP_WEIGHTS, CHECKER_SCORES = (
-    "accuracy_by_epoch.png", "weights_histogram.png", "weights_by_group.png", "checker_scores.png"
+    "accuracy_by_epoch.png",
+    "weights_histogram.png",
+    "weights_by_group.png",
+    "checker_scores.png",
 )
 FILES = (ACCURACY, HISTOGRAM, GROUP_WEIGHTS, CHECKER_SCORES)
-NAMES = {"ce": "cross entropy", "focal": "focal", "imp": "IMP", "dimp": "DIMP"}
 # Okabe and Ito's palette: told apart by colour-blind readers too
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
+_PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
+# a method has the same colour in every report; others take what is left of the palette
+_METHODS = {"ce": "cross entropy", "focal": "focal", "imp": "IMP", "dimp": "DIMP"}
 _GROUP_COLOURS = {ORIGINAL: "#0072B2", SWAPPED: "#D55E00", DUPLICATED: "#009E73"}
-_STYLE = {
-    "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10,
+_STYLE: Any = {
+    "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3,
+    "axes.spines.top": False, "axes.spines.right": False, "font.size": 10,
     "axes.titlesize": 11, "legend.frameon": False, "savefig.dpi": 150,
-}
+}  # fmt: skip
 
 
 def write_plots(report: Report, groups: pd.DataFrame | None) -> None:
@@ -55,6 +60,16 @@ def _panels(count: int, width: float = 4.2, height: float = 3.4) -> tuple[Figure
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
+def method_name(method: str) -> str:
+    """A method as it is called in prose."""
+    return _METHODS.get(method, method)
+
+
+def _method_colours(methods: list[str]) -> dict[str, str]:
+    order = [*_METHODS, *(method for method in methods if method not in _METHODS)]
+    return {method: _PALETTE[index % len(_PALETTE)] for index, method in enumerate(order)}
+
+
 def _line(axes: Axes, table: pd.DataFrame, label: str, colour: str) -> None:
     """Mean of the columns (seeds) against the index (epochs), with a band from the least to the greatest."""
     axes.plot(table.index, table.mean(axis=1), marker="o", markersize=4, color=colour, label=label)
@@ -67,11 +82,16 @@ def _line(axes: Axes, table: pd.DataFrame, label: str, colour: str) -> None:
 def accuracy_by_epoch(report: Report) -> Figure:
     """Test accuracy and macro F1 of every method, with the range over seeds (003, Figure 1)."""
     figure, panels = _panels(2, width=4.6)
+    colours = _method_colours(report.methods)
     for axes, metric, title in zip(panels, ("accuracy", "macro_f1"), ("Test accuracy", "Test macro F1"), strict=True):
-        for method, colour in zip(report.methods, _COLOURS, strict=False):
-            table = pd.DataFrame({run.seed: {record["epoch"]: record["test"][metric] for record in run.epochs}
-                                  for run in report.of(method)})
-            _line(axes, 100 * table, NAMES.get(method, method), colour)
+        for method in report.methods:
+            table = pd.DataFrame(
+                {
+                    run.seed: {record["epoch"]: record["test"][metric] for record in run.epochs}
+                    for run in report.of(method)
+                }
+            )
+            _line(axes, 100 * table, method_name(method), colours[method])
         axes.set_title(title)
         axes.set_ylabel("%")
     panels[0].legend()
@@ -92,20 +112,26 @@ def weight_histograms(report: Report, methods: list[str]) -> Figure:
         positive = weights[weights > 0]
         # far tails would leave all else in one bar: they go to the outermost ones
         low, high = np.quantile(positive, [0.005, 0.995])
-        bins = np.geomspace(max(low, high * 1e-6), high * 1.0001, 40)
+        bins = np.geomspace(max(low, high * 1e-6), high * 1.0001, 40).tolist()
         clipped = np.clip(weights, bins[0], bins[-1])
         if group is None:
-            axes.hist(clipped.ravel(), bins=bins, color=_COLOURS[0])
+            axes.hist(clipped.ravel(), bins=bins, color=_PALETTE[0])
         else:
             for name in GROUPS:
                 chosen = (group == name).to_numpy()
                 if chosen.any():
-                    axes.hist(clipped[:, chosen].ravel(), bins=bins, histtype="step", linewidth=1.6, density=False,
-                              weights=np.full(clipped[:, chosen].size, 100 / clipped[:, chosen].size),
-                              color=_GROUP_COLOURS[name], label=name)
+                    axes.hist(
+                        clipped[:, chosen].ravel(),
+                        bins=bins,
+                        histtype="step",
+                        linewidth=1.6,
+                        weights=np.full(clipped[:, chosen].size, 100 / clipped[:, chosen].size),
+                        color=_GROUP_COLOURS[name],
+                        label=name,
+                    )
             axes.legend(loc="upper left")
         axes.set_xscale("log")
-        axes.set_title(NAMES.get(method, method))
+        axes.set_title(method_name(method))
         axes.set_xlabel("weight in the last epoch")
         axes.set_ylabel("rows" if group is None else "% of the rows of its kind")
     return figure
@@ -124,7 +150,8 @@ def group_lines(groups: pd.DataFrame, methods: list[str]) -> Figure:
             table = _by_epoch(groups, method, name, "weight")
             if len(table):
                 _line(axes, table, name, _GROUP_COLOURS[name])
-        axes.set_title(f"{NAMES.get(method, method)}: mean weight")
+        axes.set_title(f"{method_name(method)}: mean weight")
+        axes.margins(y=0.1)
         axes.set_ylim(bottom=0)
     panels[0].legend()
     return figure
@@ -134,7 +161,7 @@ def checker_scores(groups: pd.DataFrame) -> Figure:
     """Checkers' scores and IMP's weight by kind of row (003, Figures 4 and 5); the model's own score (Figure 6)."""
     last = groups[groups["epoch"] == groups["epoch"].max()]
     bars = {}
-    for label, column in (("quality P′(y|x)", "quality"), ("diversity Q(y|x)", "diversity")):
+    for label, column in (("quality P'(y|x)", "quality"), ("diversity Q(y|x)", "diversity")):
         if last[column].notna().any():
             bars[label] = last.dropna(subset=[column]).groupby("group")[column].mean()
     if (last["method"] == "imp").any():
@@ -145,7 +172,7 @@ def checker_scores(groups: pd.DataFrame) -> Figure:
     for offset, (label, means) in enumerate(bars.items()):
         width = 0.8 / len(bars)
         positions = np.arange(len(names)) + (offset - (len(bars) - 1) / 2) * width
-        drawn = panels[0].bar(positions, means[names], width=0.92 * width, color=_COLOURS[offset], label=label)
+        drawn = panels[0].bar(positions, means[names], width=0.92 * width, color=_PALETTE[offset], label=label)
         panels[0].bar_label(drawn, fmt="%.2f", fontsize=8)
     panels[0].set_xticks(range(len(names)), names)
     panels[0].set_title("Checkers' mean scores")

@@ -19,19 +19,30 @@ class Progress:
         self._show = show
         # disable=None hides a bar where standard error is not a terminal
         self._disable = None if show else True
-        self._overall = tqdm(total=total, desc="all", unit="step", position=0, disable=self._disable, dynamic_ncols=True)
+        self._overall = tqdm(
+            total=total, desc="all", unit="step", position=0, disable=self._disable, dynamic_ncols=True
+        )
         self._epoch: tqdm | None = None
 
     def skip(self, steps: int) -> None:
         """Count steps that an earlier run did, without letting them into the estimate of the time left."""
-        self._overall.initial += steps
+        if not self._overall.disable:
+            self._overall.initial += steps
         self._overall.update(steps)
 
     def start_epoch(self, description: str, steps: int, done: int = 0) -> None:
         """Show a new lower bar of ``steps`` steps, of which ``done`` are done."""
         self.end_epoch()
-        self._epoch = tqdm(total=steps, initial=done, desc=description, unit="step", position=1, leave=False,
-                           disable=self._disable, dynamic_ncols=True)
+        self._epoch = tqdm(
+            total=steps,
+            initial=done,
+            desc=description,
+            unit="step",
+            position=1,
+            leave=False,
+            disable=self._disable,
+            dynamic_ncols=True,
+        )
 
     def step(self) -> None:
         """Count one step in both bars."""

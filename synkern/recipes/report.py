@@ -72,14 +72,22 @@ class Report:
 
         results = {
             **self.description,
-            "runs": [{"method": run.method, "seed": run.seed, "epochs": run.epochs,
-                      "best_epoch_on_real": run.best_on_real["epoch"]} for run in self.runs],
+            "runs": [
+                {
+                    "method": run.method,
+                    "seed": run.seed,
+                    "epochs": run.epochs,
+                    "best_epoch_on_real": run.best_on_real["epoch"],
+                }
+                for run in self.runs
+            ],
             "checkers": self.checkers,
             "summary": {method: self._summary(method) for method in self.methods},
         }
         groups = group_means(self)
         if groups is not None:
-            results["groups"] = groups.to_dict(orient="records")
+            # JSON has no NaN
+            results["groups"] = groups.astype(object).where(groups.notna(), None).to_dict(orient="records")
         table = weight_table(self)
         write_atomic(self.folder / WEIGHTS, lambda temporary: table.to_parquet(temporary, compression="zstd"))
         plots.write_plots(self, groups)
@@ -116,12 +124,17 @@ def weight_table(report: Report) -> pd.DataFrame:
     parts = []
     for run in report.runs:
         for epoch in range(len(run.weight) - 1 if last_only else 0, len(run.weight)):
-            parts.append(train.assign(
-                method=run.method, seed=run.seed, epoch=epoch + 1, weight=run.weight[epoch],
-                probability=run.probability[epoch],
-                quality=np.nan if run.quality is None else run.quality,
-                diversity=np.nan if run.diversity is None else run.diversity,
-            ))
+            parts.append(
+                train.assign(
+                    method=run.method,
+                    seed=run.seed,
+                    epoch=epoch + 1,
+                    weight=run.weight[epoch],
+                    probability=run.probability[epoch],
+                    quality=np.nan if run.quality is None else run.quality,
+                    diversity=np.nan if run.diversity is None else run.diversity,
+                )
+            )
     return pd.concat(parts, ignore_index=True).astype({"quality": "float32", "diversity": "float32"})
 
 
@@ -139,13 +152,19 @@ def group_means(report: Report) -> pd.DataFrame | None:
             for name in GROUPS:
                 chosen = (group == name).to_numpy()
                 if chosen.any():
-                    rows.append({
-                        "method": run.method, "seed": run.seed, "epoch": epoch + 1, "group": name,
-                        "rows": int(chosen.sum()), "weight": float(run.weight[epoch, chosen].mean()),
-                        "probability": float(run.probability[epoch, chosen].mean()),
-                        "quality": None if run.quality is None else float(run.quality[chosen].mean()),
-                        "diversity": None if run.diversity is None else float(run.diversity[chosen].mean()),
-                    })
+                    rows.append(
+                        {
+                            "method": run.method,
+                            "seed": run.seed,
+                            "epoch": epoch + 1,
+                            "group": name,
+                            "rows": int(chosen.sum()),
+                            "weight": float(run.weight[epoch, chosen].mean()),
+                            "probability": float(run.probability[epoch, chosen].mean()),
+                            "quality": None if run.quality is None else float(run.quality[chosen].mean()),
+                            "diversity": None if run.diversity is None else float(run.diversity[chosen].mean()),
+                        }
+                    )
     return pd.DataFrame(rows)
 
 
@@ -154,8 +173,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [cell.ljust(width) if not column else cell.rjust(width)
-                  for column, (cell, width) in enumerate(zip(cells, widths, strict=True))]
+        padded = [
+            cell.ljust(width) if not column else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
         return f"| {' | '.join(padded)} |"
 
     rule = [("-" * width if not column else "-" * (width - 1) + ":") for column, width in enumerate(widths)]
@@ -173,8 +194,9 @@ def markdown(report: Report, results: dict[str, Any]) -> str:
     rows = []
     for method in report.methods:
         last, best = summary[method]["last_epoch"], summary[method]["best_epoch_on_real"]
-        rows.append([method, _cell(last["accuracy"]), _cell(last["macro_f1"]), _cell(best["accuracy"]),
-                     _cell(best["macro_f1"])])
+        rows.append(
+            [method, _cell(last["accuracy"]), _cell(last["macro_f1"]), _cell(best["accuracy"]), _cell(best["macro_f1"])]
+        )
     quality = [record["test"] for record in report.checkers if record["checker"] == "quality"]
     if quality:
         scores = [_cell(spread([record[name] for record in quality])) for name in ("accuracy", "macro_f1")]
@@ -183,14 +205,26 @@ def markdown(report: Report, results: dict[str, Any]) -> str:
     spread_note = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
     parts = [
         f"# Test accuracy and macro F1 in %, {spread_note}\n",
-        markdown_table(["method", "accuracy, last epoch", "macro F1, last epoch", "accuracy, best epoch on real",
-                        "macro F1, best epoch on real"], rows),
+        markdown_table(
+            [
+                "method",
+                "accuracy, last epoch",
+                "macro F1, last epoch",
+                "accuracy, best epoch on real",
+                "macro F1, best epoch on real",
+            ],
+            rows,
+        ),
         "The real rows trained the quality checker, so choosing an epoch by them favours late epochs: every epoch is "
         "below.\n",
         "# Test accuracy in % by epoch\n",
-        markdown_table(["method", *(str(record["epoch"]) for record in report.runs[0].epochs)],
-                       [[method, *(_cell(epoch["accuracy"]) for epoch in summary[method]["by_epoch"])]
-                        for method in report.methods]),
+        markdown_table(
+            ["method", *(str(record["epoch"]) for record in report.runs[0].epochs)],
+            [
+                [method, *(_cell(epoch["accuracy"]) for epoch in summary[method]["by_epoch"])]
+                for method in report.methods
+            ],
+        ),
     ]
     if "groups" in results:
         parts += ["# Mean weight by kind of row, last epoch\n", _group_table(report, pd.DataFrame(results["groups"]))]

@@ -39,7 +39,7 @@ class TrainSettings:
     noise: bool = False
     noise_seed: int = 0
     epochs: int = 5
-    checker_epochs: int | None = None
+    checker_epochs: int = 5
     batch_size: int = 32
     learning_rate: float | None = None
     max_length: int = 128
@@ -55,19 +55,21 @@ class TrainSettings:
         _check_settings(self)
 
     def resolved(self) -> TrainSettings:
-        """The same settings without None or "auto": what is left to the machine or the model is filled in."""
+        """The same settings without None or "auto": what is left to the machine or the model is filled in.
+
+        Raises:
+            RecipeError: the device cannot be had.
+        """
         import torch
 
         scratch = self.model == BILSTM
-        checker_epochs, learning_rate, device = self.checker_epochs, self.learning_rate, self.device
-        if checker_epochs is None:
-            checker_epochs = 5
+        learning_rate = self.learning_rate
         if learning_rate is None:
             learning_rate = 1e-3 if scratch else 6e-5
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         return dataclasses.replace(
-            self, checker_epochs=checker_epochs, learning_rate=learning_rate, device=device,
+            self,
+            learning_rate=learning_rate,
+            device=_device(self.device),
             threads=self.threads or torch.get_num_threads(),
         )
 
@@ -76,8 +78,13 @@ class TrainSettings:
         assert self.learning_rate is not None
         scratch = self.model == BILSTM
         return FitSettings(
-            epochs=epochs, batch_size=self.batch_size, learning_rate=self.learning_rate, clip_norm=self.clip_norm,
-            weight_decay=self.weight_decay, optimizer="adam" if scratch else "adamw", linear_decay=not scratch,
+            epochs=epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            clip_norm=self.clip_norm,
+            weight_decay=self.weight_decay,
+            optimizer="adam" if scratch else "adamw",
+            linear_decay=not scratch,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -108,14 +115,42 @@ def parse_methods(value: str) -> tuple[str, ...]:
         return tuple(METHODS)
     for name in names:
         if name not in METHODS:
-            raise RecipeError(f"--method: expected one or more of {', '.join(METHODS)} (separated by commas) or all, "
-                             f"got {name!r}")
+            raise RecipeError(
+                f"--method: expected one or more of {', '.join(METHODS)} (separated by commas) or all, got {name!r}"
+            )
     return tuple(dict.fromkeys(names))
 
 
+def _device(name: str) -> str:
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if gpu else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = "unknown"
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not gpu):
+        raise RecipeError(
+            f"--device: expected auto, cpu or, where torch finds a GPU, cuda, got {name!r}; torch "
+            f"{torch.__version__} finds {'one' if gpu else 'none'} here"
+        )
+    return name
+
+
 def _check_settings(settings: TrainSettings) -> None:
-    for name in ("seeds", "epochs", "checker_epochs", "batch_size", "max_length", "threads",
-                 "limit_train", "limit_real", "limit_test"):
+    for name in (
+        "seeds",
+        "epochs",
+        "checker_epochs",
+        "batch_size",
+        "max_length",
+        "threads",
+        "limit_train",
+        "limit_real",
+        "limit_test",
+    ):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise RecipeError(f"--{name.replace('_', '-')}: expected a whole number from 1, got {value}")

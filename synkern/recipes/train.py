@@ -25,7 +25,7 @@ from synkern.recipes.checkpoint import load_state, save_state
 from synkern.recipes.data import Columns, LabelledText, LabelSet, read_labelled
 from synkern.recipes.errors import DataError, RecipeError
 from synkern.recipes.files import write_atomic, write_json
-from synkern.recipes.importance import METHODS, USES_DIVERSITY, USES_QUALITY, LossOptions
+from synkern.recipes.importance import METHODS, USES_DIVERSITY, USES_QUALITY, LossOptions, unweighted
 from synkern.recipes.models import EncodedText, ModelFamily, model_family
 from synkern.recipes.noise import add_noise
 from synkern.recipes.progress import Progress
@@ -62,14 +62,17 @@ def read_data(settings: TrainSettings) -> Data:
     Raises:
         DataError: a source cannot be used.
     """
-    columns = Columns(settings.text_column, settings.text_pair_column, settings.label_column,
-                      true_label=settings.true_label_column)
+    columns = Columns(
+        settings.text_column, settings.text_pair_column, settings.label_column, true_label=settings.true_label_column
+    )
     read = partial(read_labelled, columns=columns, skip_bad_rows=settings.skip_bad_rows)
     labels = LabelSet.from_option(settings.labels) if settings.labels else None
     train = read(settings.train, labels=labels, default_split="train")
     if len(train.labels.names) < 2:
-        raise DataError(f"{settings.train}: expected at least 2 different labels in column {settings.label_column!r}, "
-                        f"got {', '.join(train.labels.names)}; name another column with --label-column")
+        raise DataError(
+            f"{settings.train}: expected at least 2 different labels in column {settings.label_column!r}, "
+            f"got {', '.join(train.labels.names)}; name another column with --label-column"
+        )
     real = read(settings.real, labels=train.labels, default_split="validation").sample(settings.limit_real)
     test = read(settings.test, labels=train.labels, default_split="test").sample(settings.limit_test)
     train = train.sample(settings.limit_train)
@@ -82,12 +85,17 @@ def read_data(settings: TrainSettings) -> Data:
 def overlap_warnings(data: Data) -> list[str]:
     """A line for each two parts that share texts, without which a test tells little."""
     parts = data.parts()
-    texts = {name: set(map(tuple, part.frame.filter(["text", "text_pair"]).to_numpy().tolist()))
-             for name, part in parts.items()}
+    texts = {
+        name: set(map(tuple, part.frame.filter(["text", "text_pair"]).to_numpy().tolist()))
+        for name, part in parts.items()
+    }
     pairs = (("test", "train"), ("test", "real"), ("real", "train"))
     shared = {(one, other): len(texts[one] & texts[other]) for one, other in pairs}
-    return [f"{count} texts of {parts[one].source} ({one}) also stand in {parts[other].source} ({other})"
-            for (one, other), count in shared.items() if count]
+    return [
+        f"{count} texts of {parts[one].source} ({one}) also stand in {parts[other].source} ({other})"
+        for (one, other), count in shared.items()
+        if count
+    ]
 
 
 def _label_counts(part: LabelledText) -> dict[str, int]:
@@ -158,7 +166,7 @@ class Experiment:
     def _total_steps(self) -> int:
         settings = self.settings
         train, real = (steps_per_epoch(len(self.encoded[name]), settings.batch_size) for name in ("train", "real"))
-        checker_epochs = settings.checker_epochs or 0
+        checker_epochs = settings.checker_epochs
         once = len(settings.methods) * settings.epochs * train
         once += bool(set(settings.methods) & set(USES_QUALITY)) * checker_epochs * real
         once += bool(set(settings.methods) & set(USES_DIVERSITY)) * checker_epochs * train
@@ -181,8 +189,15 @@ class Experiment:
         description = {
             "settings": self.settings.to_json(),
             "versions": versions(),
-            "data": {name: {"source": part.source, "rows": len(part), "rows_skipped": len(part.skipped),
-                            "label_counts": _label_counts(part)} for name, part in parts.items()},
+            "data": {
+                name: {
+                    "source": part.source,
+                    "rows": len(part),
+                    "rows_skipped": len(part.skipped),
+                    "label_counts": _label_counts(part),
+                }
+                for name, part in parts.items()
+            },
             "labels": list(self.data.train.labels.names),
             "warnings": overlap_warnings(self.data),
         }
@@ -194,32 +209,53 @@ class Experiment:
         # asked for also where the run is finished: the report shows the checkers' scores
         row_loss = METHODS[method](checkers, LossOptions(self.settings.gamma, self.settings.max_weight))
         if finished.exists():
-            self.progress.skip(self.settings.epochs * steps_per_epoch(len(self.encoded["train"]), self.settings.batch_size))
+            steps = steps_per_epoch(len(self.encoded["train"]), self.settings.batch_size)
+            self.progress.skip(self.settings.epochs * steps)
         else:
             checkpoint = self.folder / "checkpoints" / f"{name}.safetensors"
             model = self.family.build(seed)
             state = Fit(
-                model, self.encoded["train"], row_loss, self.settings.fit(self.settings.epochs), seed=seed,
-                name=f"{method} seed {seed}", device=self.device, checkpoint=checkpoint, evaluate=self.evaluate,
+                model,
+                self.encoded["train"],
+                row_loss,
+                self.settings.fit(self.settings.epochs),
+                seed=seed,
+                name=f"{method} seed {seed}",
+                device=self.device,
+                checkpoint=checkpoint,
+                evaluate=self.evaluate,
                 progress=self.progress,
             ).run()
             if self.settings.keep_models == "all" or (self.settings.keep_models == "first" and seed == 0):
                 self.family.save(self.folder / "models" / name, model)
-            save_state(finished, {"history": state.history, "seconds": state.seconds, "weight": state.weight,
-                                  "probability": state.probability})
+            save_state(
+                finished,
+                {
+                    "history": state.history,
+                    "seconds": state.seconds,
+                    "weight": state.weight,
+                    "probability": state.probability,
+                },
+            )
             checkpoint.unlink(missing_ok=True)
         saved = load_state(finished)
         self.timings[name] = saved["seconds"]
         return MethodRun(
-            method, seed, saved["history"], saved["weight"].numpy(), saved["probability"].numpy(),
-            checkers.known("quality"), checkers.known("diversity"),
+            method,
+            seed,
+            saved["history"],
+            saved["weight"].numpy(),
+            saved["probability"].numpy(),
+            checkers.known("quality"),
+            checkers.known("diversity"),
         )
 
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
         """Accuracy, macro F1 and loss on the real and the test rows."""
+        parts = {name: self.encoded[name] for name in ("real", "test")}
         return {
-            name: classification_metrics(predict_logits(model, self.encoded[name], self.device), self.encoded[name].target)
-            for name in ("real", "test")
+            name: classification_metrics(predict_logits(model, part, self.device), part.target)
+            for name, part in parts.items()
         }
 
     def checker_scores(self, kind: str, fit_on: str, seed: int) -> Tensor:
@@ -228,12 +264,16 @@ class Experiment:
         The cache's key is a hash of everything that decides the scores: initial parameters, tokens and labels of
         all parts, settings of the fit, seed, device, threads and versions.
         """
-        assert self.settings.checker_epochs is not None
         fit = self.settings.fit(self.settings.checker_epochs)
         model = self.family.build(seed)
         description = {
-            "fit": asdict(fit), "fit_on": fit_on, "seed": seed, "parameters": _tensor_hash(model),
-            "data": self._fingerprints, "device": str(self.device), "threads": self.settings.threads,
+            "fit": asdict(fit),
+            "fit_on": fit_on,
+            "seed": seed,
+            "parameters": _tensor_hash(model),
+            "data": self._fingerprints,
+            "device": str(self.device),
+            "threads": self.settings.threads,
             "versions": versions(),
         }
         key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
@@ -242,10 +282,17 @@ class Experiment:
             self.progress.skip(fit.epochs * steps_per_epoch(len(self.encoded[fit_on]), fit.batch_size))
         else:
             checkpoint = self.folder / "checkpoints" / cached.name
-            data = self.encoded[fit_on]
-            row_loss = METHODS["ce"](CachedCheckers(self, seed), LossOptions())
-            state = Fit(model, data, row_loss, fit, seed=seed, name=f"{kind} checker seed {seed}", device=self.device,
-                        checkpoint=checkpoint, progress=self.progress).run()
+            state = Fit(
+                model,
+                self.encoded[fit_on],
+                unweighted,
+                fit,
+                seed=seed,
+                name=f"{kind} checker seed {seed}",
+                device=self.device,
+                checkpoint=checkpoint,
+                progress=self.progress,
+            ).run()
             train = self.encoded["train"]
             scores = log_probability(predict_logits(model, train, self.device), train.target)
             save_state(cached, {"log_score": scores, "metrics": self.evaluate(model), "seconds": state.seconds})
@@ -323,11 +370,15 @@ def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         if resume:
             raise RecipeError(f"--resume: expected an earlier run in {folder}, got none; leave out --resume")
     elif not (folder / RUN_FILE).is_file():
-        raise RecipeError(f"--out {folder}: expected an absent or empty folder, or one of an earlier run, got other "
-                         "files; choose another folder")
+        raise RecipeError(
+            f"--out {folder}: expected an absent or empty folder, or one of an earlier run, got other "
+            "files; choose another folder"
+        )
     elif not (resume or overwrite):
-        raise RecipeError(f"--out {folder}: expected an absent or empty folder, got an earlier run; go on with --resume, "
-                         "start again with --overwrite, or choose another folder")
+        raise RecipeError(
+            f"--out {folder}: expected an absent or empty folder, got an earlier run; go on with "
+            "--resume, start again with --overwrite, or choose another folder"
+        )
 
 
 def _empty_folder(folder: Path) -> None:
@@ -341,21 +392,30 @@ def _empty_folder(folder: Path) -> None:
 def _open_run(settings: TrainSettings, data: Data, *, resume: bool) -> None:
     """Write run.json; on ``resume``, after a check that it belongs to the same settings and data."""
     path = settings.folder / RUN_FILE
-    record = {"settings": settings.to_json(), "versions": versions(),
-              "data": {name: part.fingerprint() for name, part in data.parts().items()}}
+    record = {
+        "settings": settings.to_json(),
+        "versions": versions(),
+        "data": {name: part.fingerprint() for name, part in data.parts().items()},
+    }
     if resume:
         before = json.loads(path.read_text(encoding="utf-8"))
         for name, value in record["settings"].items():
             if name not in (*MAY_GROW, "out") and before["settings"].get(name) != value:
-                raise RecipeError(f"--resume: expected --{name.replace('_', '-')} {before['settings'].get(name)} as in the "
-                                 f"earlier run, got {value}; leave the option out, or choose another --out")
+                raise RecipeError(
+                    f"--resume: expected --{name.replace('_', '-')} {before['settings'].get(name)} as in "
+                    f"the earlier run, got {value}; leave the option out, or choose another --out"
+                )
         for name, fingerprint in record["data"].items():
             if before["data"][name] != fingerprint:
-                raise RecipeError(f"--resume: expected the same {name} rows as in the earlier run, got other ones from "
-                                 f"{getattr(settings, name)}; bring the old file back, or start again with --overwrite")
+                raise RecipeError(
+                    f"--resume: expected the same {name} rows as in the earlier run, got other ones from "
+                    f"{getattr(settings, name)}; bring the old file back, or start again with --overwrite"
+                )
         if before["versions"] != record["versions"]:
-            raise RecipeError(f"--resume: expected the versions {before['versions']} of the earlier run, got "
-                             f"{record['versions']}; the numbers could differ: start again with --overwrite")
+            raise RecipeError(
+                f"--resume: expected the versions {before['versions']} of the earlier run, got "
+                f"{record['versions']}; the numbers could differ: start again with --overwrite"
+            )
     write_json(path, record)
 
 

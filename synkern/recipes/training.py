@@ -101,7 +101,7 @@ def classification_metrics(logits: Tensor, target: Tensor) -> dict[str, float]:
     """Accuracy, macro F1 (mean over the classes that occur as label or as prediction) and mean cross entropy."""
     predicted = logits.argmax(1)
     classes = logits.shape[1]
-    confusion = torch.bincount(target * classes + predicted, minlength=classes * classes).view(classes, classes).double()
+    confusion = torch.bincount(target * classes + predicted, minlength=classes**2).view(classes, classes).double()
     hits, support, guesses = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     occurs = (support + guesses) > 0
     f1 = 2 * hits[occurs] / (support + guesses)[occurs]
@@ -116,7 +116,8 @@ def _describe(record: dict[str, Any]) -> str:
     parts = [f"train loss {record['train_loss']:.4f}"]
     for name, value in record.items():
         if isinstance(value, dict):
-            parts.append(f"{name} " + " ".join(f"{key.replace('_', ' ')} {number:.4f}" for key, number in value.items()))
+            scores = " ".join(f"{key.replace('_', ' ')} {number:.4f}" for key, number in value.items())
+            parts.append(f"{name} {scores}")
     return "; ".join(parts)
 
 
@@ -137,16 +138,25 @@ class Fit:
     """
 
     def __init__(
-        self, model: nn.Module, data: EncodedText, row_loss: RowLoss, settings: FitSettings, *, seed: int, name: str,
-        device: torch.device, checkpoint: Path | None = None,
-        evaluate: Callable[[nn.Module], dict[str, Any]] | None = None, progress: Progress | None = None,
+        self,
+        model: nn.Module,
+        data: EncodedText,
+        row_loss: RowLoss,
+        settings: FitSettings,
+        *,
+        seed: int,
+        name: str,
+        device: torch.device,
+        checkpoint: Path | None = None,
+        evaluate: Callable[[nn.Module], dict[str, Any]] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.model, self.data, self.row_loss, self.settings = model.to(device), data, row_loss, settings
         self.seed, self.name, self.device, self.checkpoint = seed, name, device, checkpoint
         self.evaluate, self.progress = evaluate, progress or Progress(show=False)
         kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         self.optimizer = kinds[settings.optimizer](
-            model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
         self.steps = steps_per_epoch(len(data), settings.batch_size)
         total = self.steps * settings.epochs
@@ -221,10 +231,17 @@ class Fit:
         if self.checkpoint is None:
             return
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        save_state(self.checkpoint, {
-            "state": vars(self.state), "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda,
-        })
+        save_state(
+            self.checkpoint,
+            {
+                "state": vars(self.state),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": cuda,
+            },
+        )
 
     def _restore(self, checkpoint: Path) -> None:
         saved = load_state(checkpoint)
