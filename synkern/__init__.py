@@ -15,6 +15,7 @@ from . import _abstract, _autograd  # noqa: E402
 _registrations = _autograd.register()
 _abstract.register(_registrations)
 
+from .backends import empty_cache  # noqa: E402
 from .losses import (  # noqa: E402
     fused_cross_entropy,
     fused_dimp_loss,
@@ -47,6 +48,7 @@ __all__ = [
     "MAELoss",
     "RCELoss",
     "SCELoss",
+    "empty_cache",
     "fused_cross_entropy",
     "fused_dimp_loss",
     "fused_focal_loss",

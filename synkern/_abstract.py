@@ -23,6 +23,17 @@ def _row_loss_backward(grad: Tensor, logits: Tensor, target: Tensor, weight: Any
     return logits.new_empty(logits.shape), logits.new_empty((rows,), dtype=accumulate_dtype(logits.dtype))
 
 
+def _row_loss_and_gradient(
+    logits: Tensor, target: Tensor, weight: Any, ratio: Any, class_weight: Any, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, statistics = _row_loss(logits, target, weight, ratio, class_weight, *options)
+    return loss, statistics, *_row_loss_backward(loss, logits, target, weight)
+
+
+def _row_loss_rescale(*_: Any) -> None:
+    return None
+
+
 def _row_loss_tangent(v: Tensor, coefficient: Any, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty((logits.shape[0],), dtype=accumulate_dtype(logits.dtype))
 
@@ -121,8 +132,10 @@ def _vmap_row_loss_hvp(info: Any, in_dims: Any, *args: Any) -> Any:
 
 
 def register(library: torch.library.Library) -> None:
-    """Registers the fake kernels and batching rules of every operator."""
+    """Registers the fake kernels of every operator, and the batching rules of those that transforms meet."""
     for fake, batched in (
+        (_row_loss_and_gradient, None),
+        (_row_loss_rescale, None),
         (_row_loss, _vmap_row_loss),
         (_row_loss_backward, _vmap_row_loss_backward),
         (_row_loss_tangent, _vmap_row_loss_tangent),
@@ -130,4 +143,5 @@ def register(library: torch.library.Library) -> None:
     ):
         name = f"synkern::{fake.__name__.removeprefix('_')}"
         torch.library.register_fake(name, fake, lib=library)
-        torch.library.register_vmap(name, batched, lib=library)
+        if batched is not None:
+            torch.library.register_vmap(name, batched, lib=library)

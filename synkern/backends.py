@@ -38,6 +38,15 @@ def check(name: str, backend: str, device: torch.device) -> None:
         )
 
 
+def empty_cache() -> None:
+    """Gives back the memory kept for the next large gradient on the CPU.
+
+    A gradient of 8 MB or more that is mapped anew at every step spends longer in page faults than in the kernel, so the
+    last one released, and no other, stays with the process. New work may always keep one again.
+    """
+    torch.ops.synkern.empty_cache()
+
+
 def report() -> dict[str, object]:
     """Versions, instruction set, compiler, and for every backend ``"available"`` or why it is missing."""
     import synkern

@@ -1,12 +1,13 @@
 """Every row loss in plain eager PyTorch, written as a user would write it.
 
-One function a loss. Each maps ``logits`` (N, C) and ``target`` (N,) to the unweighted loss of each row, (N,), in the dtype
-of the logits. Sample weights, ignored rows and reductions are left out: they are the same for every loss and belong to the
-caller. In float64 these functions are what the kernels are tested against; in other dtypes they are what the benchmarks
-call eager PyTorch. They run on every device and under every transform that PyTorch itself supports.
+One function a loss. Each maps ``logits`` (N, C) and ``target`` (N,) to the unweighted loss of each row, (N,), in the
+dtype of the logits. Sample weights, ignored rows and reductions are left out: they are the same for every loss and
+belong to the caller. In float64 these functions are what the kernels are tested against; in other dtypes they are
+what the benchmarks call eager PyTorch. They run on every device and under every transform that PyTorch itself
+supports.
 
-Throughout, ``t = log softmax(logits)[target]`` is the log-probability of the target and ``p = exp(t)``. Every function
-takes ``class_weight`` (C,): the loss of a row is multiplied by ``class_weight[target]``.
+Throughout, ``t = log softmax(logits)[target]`` is the log-probability of the target and ``p = exp(t)``. Every
+function takes ``class_weight`` (C,): the loss of a row is multiplied by ``class_weight[target]``.
 """
 
 from __future__ import annotations
@@ -241,7 +242,7 @@ def dimp_weight(
     log_quality: Tensor | None = None,
     max_weight: float | None = None,
 ) -> Tensor:
-    """w = P'(y|x) / p, at most ``max_weight``, from t = log p and P' as a probability or as its log. All shapes (N,)."""
+    """w = P'(y|x) / p, at most ``max_weight``, from t = log p and P' as probability or as log. All shapes (N,)."""
     if log_quality is not None:
         weight = torch.exp(log_quality - log_p_target)
     elif quality is not None:

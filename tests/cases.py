@@ -108,7 +108,9 @@ class Inputs:
         return {**tensors, "class_weight": self.class_weight} if class_weight else tensors
 
 
-def make_inputs(case: Case, n: int, c: int, dtype: torch.dtype = torch.float64, seed: int = 0, spread: float = 2.0) -> Inputs:
+def make_inputs(
+    case: Case, n: int, c: int, dtype: torch.dtype = torch.float64, seed: int = 0, spread: float = 2.0
+) -> Inputs:
     """Random inputs. Weights are of both signs, and in float32 where the logits are 16 bits wide."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32

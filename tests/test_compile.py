@@ -11,8 +11,8 @@ import torch.autograd.forward_ad as fwad
 from cases import Case, Inputs, cases, make_inputs
 from tolerances import assert_float64_equal
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import grad, jvp
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -102,7 +102,8 @@ def test_reductions_compile(reduction: str) -> None:
     for normalizer in normalizers:
         logits = inputs.logits.clone().requires_grad_()
         assert_float64_equal(
-            torch.autograd.grad(compiled(logits, normalizer), logits), torch.autograd.grad(function(logits, normalizer), logits)
+            torch.autograd.grad(compiled(logits, normalizer), logits),
+            torch.autograd.grad(function(logits, normalizer), logits),
         )
 
 
@@ -273,7 +274,7 @@ def test_every_operator_is_checked() -> None:
 
 # As many losses as it takes to pass every kind of argument; the operators are the same for all.
 OPCHECK = with_slow(
-    ALL, lambda case: case.name == "dimp" and not case.options or case.effective_options.get("z_loss", 0) == 1e-3
+    ALL, lambda case: (case.name == "dimp" and not case.options) or case.effective_options.get("z_loss", 0) == 1e-3
 )
 
 
@@ -318,7 +319,7 @@ def test_autocast(case: Case, dtype: torch.dtype) -> None:
 
     assert loss.dtype == torch.float32
     assert gradient.dtype == dtype
-    assert [tuple(x.shape) + (x.dtype,) for x in large_results(recorder, n * c)] == [(n, c, dtype)]
+    assert [(*x.shape, x.dtype) for x in large_results(recorder, n * c)] == [(n, c, dtype)]
     assert layer.weight.grad.dtype == torch.float32
     outside = case.fused(logits.detach(), inputs.target, sample_weight=inputs.sample_weight, **inputs.operands)
     torch.testing.assert_close(loss.detach(), outside, rtol=0, atol=0)

@@ -97,7 +97,9 @@ def reverse(function: Function, point: tuple[Tensor, ...], cotangent: Tensor) ->
 def reverse_over_reverse(function: Function, point: tuple[Tensor, ...], cotangent: Tensor) -> Any:
     leaves, cotangent = requiring_grad(point), cotangent.clone().requires_grad_()
     first = torch.autograd.grad(function(*leaves), leaves, cotangent, create_graph=True)
-    return torch.autograd.grad(first, (*leaves, cotangent), directions(first), allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(
+        first, (*leaves, cotangent), directions(first), allow_unused=True, materialize_grads=True
+    )
 
 
 def dual(function: Function, point: tuple[Tensor, ...], cotangent: Tensor) -> Any:
@@ -131,7 +133,9 @@ def reverse_over_func_jvp(function: Function, point: tuple[Tensor, ...], cotange
 
 
 @pytest.mark.parametrize(
-    "derivative", [reverse, reverse_over_reverse, dual, forward_over_reverse, reverse_over_forward], ids=lambda f: f.__name__
+    "derivative",
+    [reverse, reverse_over_reverse, dual, forward_over_reverse, reverse_over_forward],
+    ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_autograd_equals_reference(case: Case, derivative: Callable[..., Any]) -> None:
@@ -238,23 +242,20 @@ def test_second_derivatives_of_reductions(case: Case, reduction: str) -> None:
 def test_some_inputs_constant(case: Case) -> None:
     """Derivatives for each non-empty choice of differentiated inputs, the rest being plain constants."""
     fused, eager, point = both(case)
+
+    def restricted(function: Function, chosen: tuple[int, ...]) -> Function:
+        def of_chosen(*some: Tensor) -> Tensor:
+            given = dict(zip(chosen, some, strict=True))
+            return function(*(given.get(i, constant) for i, constant in enumerate(point)))
+
+        return of_chosen
+
     for k in range(1, len(point)):
         for chosen in itertools.combinations(range(len(point)), k):
-
-            def restricted(f: Function, chosen: tuple[int, ...] = chosen) -> Function:
-                def g(*some: Tensor) -> Tensor:
-                    merged = list(point)
-                    for i, x in zip(chosen, some, strict=True):
-                        merged[i] = x
-                    return f(*merged)
-
-                return g
-
             some = tuple(point[i] for i in chosen)
             for transform in (func_grad, func_jvp, jvp_of_grad, vjp_of_grad):
-                assert_float64_equal(
-                    transform(restricted(fused), some), transform(restricted(eager), some), f"{transform.__name__} {chosen}"
-                )
+                actual, expected = (transform(restricted(f, chosen), some) for f in (fused, eager))
+                assert_float64_equal(actual, expected, f"{transform.__name__} {chosen}")
 
 
 # Batch dimension of logits, target and every other tensor; None where all share one.
@@ -338,7 +339,9 @@ def test_per_sample_gradients_of_a_model(case: Case) -> None:
 
     def of_row(parameters: dict[str, Tensor], x: Tensor, target: Tensor, operands: dict[str, Tensor]) -> Tensor:
         logits = functional_call(model, parameters, (x.unsqueeze(0),))
-        return case.fused(logits, target.unsqueeze(0), reduction="sum", **{k: v.unsqueeze(0) for k, v in operands.items()})
+        return case.fused(
+            logits, target.unsqueeze(0), reduction="sum", **{k: v.unsqueeze(0) for k, v in operands.items()}
+        )
 
     actual = vmap(grad(of_row), in_dims=(None, 0, 0, 0))(parameters, features, inputs.target, inputs.operands)
     for i in range(6):
@@ -472,6 +475,8 @@ def test_tangent_and_hvp_as_exact_as_torch(case: Case, dtype: torch.dtype, c: in
     assert actual[1].dtype == dtype
     # Each entry is a difference of terms of its own size, so that the roundings of a few add up.
     floors = (4 * FLOOR[wide], 4 * FLOOR[dtype])
-    for part, ours, theirs, true, floor, dim in zip(("tangent", "hvp"), actual, peer, exact, floors, (None, 1), strict=True):
+    for part, ours, theirs, true, floor, dim in zip(
+        ("tangent", "hvp"), actual, peer, exact, floors, (None, 1), strict=True
+    ):
         allowed = 2 * relative_error(theirs, true, dim) + floor
         assert relative_error(ours, true, dim) <= allowed, part

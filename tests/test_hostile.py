@@ -144,7 +144,11 @@ def test_minus_infinity_in_the_whole_first_tile(case: Case, tile: int, dtype: to
     inputs.logits[:, :tile] = -INF
     value, gradient = evaluate(case, inputs)
     rest = Inputs(
-        inputs.logits[:, tile:].contiguous(), inputs.target - tile, inputs.sample_weight, inputs.class_weight, inputs.operands
+        inputs.logits[:, tile:].contiguous(),
+        inputs.target - tile,
+        inputs.sample_weight,
+        inputs.class_weight,
+        inputs.operands,
     )
     expected, expected_gradient = evaluate(case, rest)
     assert (gradient[:, :tile] == 0).all()
@@ -165,7 +169,11 @@ def test_a_row_without_a_softmax_is_nan_alone(case: Case, column: int, what: Any
         inputs.target[1] = column
     else:
         inputs.logits[1, column] = what
-    assert F.cross_entropy(inputs.logits.double(), inputs.target, reduction="none").isnan().tolist() == [False, True, False]
+    assert F.cross_entropy(inputs.logits.double(), inputs.target, reduction="none").isnan().tolist() == [
+        False,
+        True,
+        False,
+    ]
     value, gradient = evaluate(case, inputs)
     tangent, hvp = second_order(case, inputs)
     assert value.isnan().tolist() == [False, True, False]
@@ -218,7 +226,13 @@ def test_an_excluded_row_adds_exactly_zero(case: Case, excluded_by: str, where: 
         assert (result[1] == 0).all()
         assert result.isfinite().all()
     rest = torch.tensor([0, 2, 3])
-    kept = Inputs(inputs.logits[rest], inputs.target[rest], weight[rest], inputs.class_weight, {k: v[rest] for k, v in inputs.operands.items()})
+    kept = Inputs(
+        inputs.logits[rest],
+        inputs.target[rest],
+        weight[rest],
+        inputs.class_weight,
+        {k: v[rest] for k, v in inputs.operands.items()},
+    )
     for reduction in ("sum", "weighted_mean"):
         total, total_gradient = evaluate(case, inputs, sample_weight=weight, reduction=reduction)
         expected, expected_gradient = evaluate(case, kept, sample_weight=kept.sample_weight, reduction=reduction)
@@ -238,7 +252,9 @@ def test_an_excluded_row_adds_zero_where_weights_are_learned(case: Case, exclude
         weight[1] = 0
     else:
         inputs.target[1] = -100
-    leaves = {name: t.clone().requires_grad_() for name, t in {**inputs.operands, "class_weight": inputs.class_weight}.items()}
+    leaves = {
+        name: t.clone().requires_grad_() for name, t in {**inputs.operands, "class_weight": inputs.class_weight}.items()
+    }
     logits = inputs.logits.clone().requires_grad_()
     loss = case.fused(logits, inputs.target, sample_weight=weight, reduction="sum", **leaves)
     gradients = torch.autograd.grad(loss, [logits, *leaves.values()])
@@ -299,7 +315,7 @@ def test_one_class(case: Case, dtype: torch.dtype) -> None:
     torch.testing.assert_close(gradient.squeeze(1).double(), 2 * z_loss * z, rtol=0.01, atol=0)
     for derivative in second_order(case, inputs):
         assert derivative.isfinite().all()
-        assert z_loss or derivative.count_nonzero() == 0
+        assert z_loss or derivative.abs().max() < 1e-15
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
@@ -336,40 +352,43 @@ def test_a_target_outside_the_classes_under_transforms() -> None:
         compiled(logits, target)
 
 
-def wrong_arguments() -> list[Any]:
-    """Changes to a good call; what is raised; words that the message must contain beside the function's name."""
-    integer, short = torch.ones(4, dtype=torch.long), torch.ones(3)
-    return [
-        pytest.param({"logits": torch.ones(4, 5, dtype=torch.long)}, TypeError, ["logits", "float", "int64"], id="integer logits"),
-        pytest.param({"logits": torch.ones(4, 5, dtype=torch.bool)}, TypeError, ["logits", "bool"], id="bool logits"),
-        pytest.param({"logits": torch.ones(4, 5, dtype=torch.complex64)}, TypeError, ["logits", "complex"], id="complex logits"),
-        pytest.param({"logits": [[1.0, 2.0]]}, TypeError, ["logits", "Tensor", "list"], id="list for logits"),
-        pytest.param({"logits": torch.ones(())}, ValueError, ["logits", "()"], id="scalar logits"),
-        pytest.param({"target": torch.ones(4)}, TypeError, ["target", "int64", "float32"], id="float target"),
-        pytest.param({"target": torch.ones(4, 5)}, TypeError, ["target", "argmax"], id="one-hot float target"),
-        pytest.param({"target": torch.ones(4, dtype=torch.bool)}, TypeError, ["target", "bool"], id="bool target"),
-        pytest.param({"target": torch.ones(4, 5, dtype=torch.long)}, ValueError, ["target", "(4,)", "(4, 5)"], id="one-hot target"),
-        pytest.param({"target": torch.ones(4, 1, dtype=torch.long)}, ValueError, ["(4,)", "(4, 1)", "squeeze"], id="column target"),
-        pytest.param({"target": torch.ones(3, dtype=torch.long)}, ValueError, ["target", "(4,)", "(3,)"], id="short target"),
-        pytest.param({"target": torch.tensor(1)}, ValueError, ["target", "(4,)", "()"], id="scalar target"),
-        pytest.param({"target": [0, 1, 2, 3]}, TypeError, ["target", "Tensor", "list"], id="list for target"),
-        pytest.param({"sample_weight": short}, ValueError, ["sample_weight", "(4,)", "(3,)"], id="short weight"),
-        pytest.param({"sample_weight": torch.ones(4, 1)}, ValueError, ["sample_weight", "(4, 1)", "squeeze"], id="column weight"),
-        pytest.param({"sample_weight": torch.tensor(2.0)}, ValueError, ["sample_weight", "()"], id="scalar weight"),
-        pytest.param({"sample_weight": integer}, TypeError, ["sample_weight", "float", "int64"], id="integer weight"),
-        pytest.param({"sample_weight": [1.0] * 4}, TypeError, ["sample_weight", "list"], id="list for weight"),
-        pytest.param({"class_weight": torch.ones(4)}, ValueError, ["class_weight", "(5,)", "(4,)"], id="short class weight"),
-        pytest.param({"class_weight": torch.ones(5, dtype=torch.long)}, TypeError, ["class_weight", "int64"], id="integer class weight"),
-        pytest.param({"class_weight": torch.ones(1, 5)}, ValueError, ["class_weight", "(1, 5)"], id="row of class weights"),
-        pytest.param({"reduction": "average"}, ValueError, ["reduction", "mean", "average"], id="unknown reduction"),
-        pytest.param({"reduction": None}, ValueError, ["reduction", "None"], id="no reduction"),
-        pytest.param({"reduction": "sum", "normalizer": 2.0}, ValueError, ["normalizer", "sum"], id="normalizer of a sum"),
-        pytest.param({"normalizer": torch.ones(4)}, ValueError, ["normalizer", "(4,)"], id="normalizer a row"),
-        pytest.param({"backend": "cuda"}, ValueError, ["backend", "cuda"], id="backend of another device"),
-    ]  # fmt: skip
+def wrong(what: str, error: type[Exception], words: str, **change: Any) -> Any:
+    """A change to a good call, what it raises, and words of the message beside the function's name."""
+    return pytest.param(change, error, words.split("|"), id=what)
 
 
-@pytest.mark.parametrize(("change", "error", "words"), wrong_arguments())
+LONG = torch.long
+WRONG_ARGUMENTS = [
+    wrong("integer logits", TypeError, "logits|float|int64", logits=torch.ones(4, 5, dtype=LONG)),
+    wrong("bool logits", TypeError, "logits|bool", logits=torch.ones(4, 5, dtype=torch.bool)),
+    wrong("complex logits", TypeError, "logits|complex", logits=torch.ones(4, 5, dtype=torch.complex64)),
+    wrong("list for logits", TypeError, "logits|Tensor|list", logits=[[1.0, 2.0]]),
+    wrong("scalar logits", ValueError, "logits|()", logits=torch.ones(())),
+    wrong("float target", TypeError, "target|int64|float32", target=torch.ones(4)),
+    wrong("one-hot float target", TypeError, "target|argmax", target=torch.ones(4, 5)),
+    wrong("bool target", TypeError, "target|bool", target=torch.ones(4, dtype=torch.bool)),
+    wrong("one-hot target", ValueError, "target|(4,)|(4, 5)", target=torch.ones(4, 5, dtype=LONG)),
+    wrong("column target", ValueError, "(4,)|(4, 1)|squeeze", target=torch.ones(4, 1, dtype=LONG)),
+    wrong("short target", ValueError, "target|(4,)|(3,)", target=torch.ones(3, dtype=LONG)),
+    wrong("scalar target", ValueError, "target|(4,)|()", target=torch.tensor(1)),
+    wrong("list for target", TypeError, "target|Tensor|list", target=[0, 1, 2, 3]),
+    wrong("short weight", ValueError, "sample_weight|(4,)|(3,)", sample_weight=torch.ones(3)),
+    wrong("column weight", ValueError, "sample_weight|(4, 1)|squeeze", sample_weight=torch.ones(4, 1)),
+    wrong("scalar weight", ValueError, "sample_weight|()", sample_weight=torch.tensor(2.0)),
+    wrong("integer weight", TypeError, "sample_weight|float|int64", sample_weight=torch.ones(4, dtype=LONG)),
+    wrong("list for weight", TypeError, "sample_weight|list", sample_weight=[1.0] * 4),
+    wrong("short class weight", ValueError, "class_weight|(5,)|(4,)", class_weight=torch.ones(4)),
+    wrong("integer class weight", TypeError, "class_weight|int64", class_weight=torch.ones(5, dtype=LONG)),
+    wrong("row of class weights", ValueError, "class_weight|(1, 5)", class_weight=torch.ones(1, 5)),
+    wrong("unknown reduction", ValueError, "reduction|mean|average", reduction="average"),
+    wrong("no reduction", ValueError, "reduction|None", reduction=None),
+    wrong("normalizer of a sum", ValueError, "normalizer|sum", reduction="sum", normalizer=2.0),
+    wrong("normalizer a row", ValueError, "normalizer|(4,)", normalizer=torch.ones(4)),
+    wrong("unknown backend", ValueError, "backend|abacus", backend="abacus"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "words"), WRONG_ARGUMENTS)
 @pytest.mark.parametrize("case", DEFAULTS, ids=str)
 def test_wrong_arguments(case: Case, change: dict[str, Any], error: type[Exception], words: list[str]) -> None:
     inputs = make_inputs(case, 4, 5, torch.float32)
@@ -528,7 +547,7 @@ LARGE = 2**31
 @pytest.mark.parametrize("name", ["cross_entropy", "dimp"])
 @pytest.mark.parametrize("shape", [(LARGE // 32_000 + 2, 32_000), (1, LARGE + 9)], ids=str)
 def test_more_than_2_31_elements(shape: tuple[int, int], name: str) -> None:
-    """Row and column offsets beyond 32 bits, in bfloat16; the logits of all rows share memory, the gradient does not."""
+    """Row and column offsets beyond 32 bits, in bfloat16. The logits of all rows share memory, not so the gradient."""
     n, c = shape
     row = torch.zeros(c, dtype=torch.bfloat16)
     row[c - 1] = 20.0

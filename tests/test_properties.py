@@ -189,7 +189,9 @@ def test_class_weight_scales_rows(case: Case, problem: Problem) -> None:
     ],
 )
 @given(problem=problems())
-def test_equals_cross_entropy(name: str, options: dict[str, Any], tolerance: float, backend: str, problem: Problem) -> None:
+def test_equals_cross_entropy(
+    name: str, options: dict[str, Any], tolerance: float, backend: str, problem: Problem
+) -> None:
     weight = problem.sample_weight
     actual = evaluate(case_of(name, backend, **options), problem, sample_weight=weight)
     expected = evaluate(case_of("cross_entropy", backend), problem, sample_weight=weight)
@@ -201,9 +203,7 @@ def test_equals_cross_entropy(name: str, options: dict[str, Any], tolerance: flo
 @given(problem=problems())
 def test_gce_at_one_is_half_of_mae(backend: str, problem: Problem) -> None:
     value, gradient = evaluate(case_of("mae", backend), problem, reduction="none")
-    assert_float64_equal(
-        evaluate(case_of("gce", backend, q=1.0), problem, reduction="none"), (value / 2, gradient / 2)
-    )
+    assert_float64_equal(evaluate(case_of("gce", backend, q=1.0), problem, reduction="none"), (value / 2, gradient / 2))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -249,7 +249,9 @@ def test_imp_is_cross_entropy_weighted_by_the_ratio(backend: str, problem: Probl
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(problem=problems(), gamma=st.floats(0, 4))
-def test_detached_focal_is_cross_entropy_weighted_by_the_modulation(backend: str, problem: Problem, gamma: float) -> None:
+def test_detached_focal_is_cross_entropy_weighted_by_the_modulation(
+    backend: str, problem: Problem, gamma: float
+) -> None:
     log_p = problem.logits.log_softmax(dim=1).gather(1, problem.target[:, None]).squeeze(1)
     weight = (-torch.expm1(log_p)).pow(gamma)
     actual = evaluate(case_of("focal", backend, gamma=gamma, detach_modulation=True), problem, reduction="none")

@@ -47,9 +47,7 @@ MUTATIONS = [zero_softmax_term, zero_last_columns, zero_target_column, forget_we
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("c", [3, 1000, 128_000])
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda f: f.__name__)
-def test_a_wrong_gradient_is_rejected(
-    mutate: Callable[[Tensor, Tensor], None], c: int, dtype: torch.dtype
-) -> None:
+def test_a_wrong_gradient_is_rejected(mutate: Callable[[Tensor, Tensor], None], c: int, dtype: torch.dtype) -> None:
     logits = torch.randn(4, c, dtype=torch.float64).to(dtype)
     target = torch.randint(0, c, (4,))
     # Large weights keep the small gradients of a float16 softmax above its smallest number.

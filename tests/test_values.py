@@ -27,9 +27,7 @@ def value_and_gradient(loss: Tensor, logits: Tensor, cotangent: Tensor) -> Resul
 
 def kernel_result(case: Case, inputs: Inputs, cotangent: Tensor) -> Result:
     logits = inputs.logits.clone().requires_grad_()
-    loss = case.fused(
-        logits, inputs.target, sample_weight=inputs.sample_weight, reduction="none", **inputs.operands
-    )
+    loss = case.fused(logits, inputs.target, sample_weight=inputs.sample_weight, reduction="none", **inputs.operands)
     return value_and_gradient(loss, logits, cotangent)
 
 
@@ -137,9 +135,7 @@ def test_ignore_index_may_be_any_number(case: Case, ignore_index: int) -> None:
 def test_every_target_dtype(case: Case, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, 8, 200)
     inputs.target[0] = 199
-    narrow = Inputs(
-        inputs.logits, inputs.target.to(dtype), inputs.sample_weight, inputs.class_weight, inputs.operands
-    )
+    narrow = Inputs(inputs.logits, inputs.target.to(dtype), inputs.sample_weight, inputs.class_weight, inputs.operands)
     actual, expected = (with_gradients(case, case.fused, some, given=("class_weight",)) for some in (narrow, inputs))
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
@@ -241,7 +237,11 @@ def test_equals_torch_argument_for_argument(
     if ignored != "none":
         target[slice(None) if ignored == "all" else slice(1, None, 3)] = 4
     weight = inputs.class_weight.to(dtype) if weighted else None
-    arguments = {"reduction": reduction, "label_smoothing": label_smoothing, "ignore_index": 4 if ignored != "none" else -7}
+    arguments = {
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "ignore_index": 4 if ignored != "none" else -7,
+    }
     ours, theirs = inputs.logits.clone().requires_grad_(), inputs.logits.clone().requires_grad_()
     actual = case.fused(ours, target, class_weight=weight, **arguments)
     expected = F.cross_entropy(theirs, target, weight=weight, **arguments)
@@ -268,10 +268,3 @@ def test_defaults_of_the_reference_are_those_of_the_function(case: Case) -> None
         assert name in public, name
         assert public[name].default == parameter.default, name
         assert public[name].kind == parameter.kind, name
-
-
-@pytest.mark.parametrize("case", cases(variants=False), ids=str)
-def test_an_unknown_backend_is_refused(case: Case) -> None:
-    inputs = make_inputs(case, 2, 3)
-    with pytest.raises((ValueError, RuntimeError), match="abacus"):
-        case.spec.function(inputs.logits, inputs.target, **inputs.operands, backend="abacus")

@@ -5,9 +5,9 @@ A kernel is judged against the reference in float64, beside PyTorch's own error 
     error(kernel) <= 2 * error(PyTorch) + floor(dtype)
 
 Value, gradient of the target column and gradient of the other columns are judged separately, because they differ in
-size by a factor of C: with one absolute tolerance, a kernel that writes zero to every other column passes at C = 128,000.
-The error of an entry is its distance from the reference, divided by the entry's own size plus the mean size of the
-entries of its group: for the other columns those of its row, else all rows.
+size by a factor of C: with one absolute tolerance, a kernel that writes zero to every other column passes at C =
+128,000. The error of an entry is its distance from the reference, divided by the entry's own size plus the mean size
+of the entries of its group: for the other columns those of its row, else all rows.
 """
 
 from __future__ import annotations
@@ -76,9 +76,13 @@ def assert_as_exact_as_torch(
         # Values of 16-bit logits are float32.
         floor = FLOOR[kernel.value.dtype] if part == "value" else FLOOR[dtype]
         allowed = 2 * torch_errors[part] + floor
-        assert error <= allowed, f"{part}: error {error:.3g}, allowed {allowed:.3g}, PyTorch's is {torch_errors[part]:.3g}"
+        assert error <= allowed, (
+            f"{part}: error {error:.3g}, allowed {allowed:.3g}, PyTorch's is {torch_errors[part]:.3g}"
+        )
 
 
 def assert_float64_equal(actual: object, expected: object, message: str | None = None) -> None:
     """Two float64 computations agree; for tensors and trees of tensors."""
-    torch.testing.assert_close(actual, expected, **FLOAT64, equal_nan=True, msg=message and (lambda m: f"{message}: {m}"))
+    torch.testing.assert_close(
+        actual, expected, **FLOAT64, equal_nan=True, msg=message and (lambda m: f"{message}: {m}")
+    )

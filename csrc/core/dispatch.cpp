@@ -4,11 +4,6 @@
 
 #include "core/rows.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 namespace synkern {
 
 extern const RowKernels row_kernels_baseline;
@@ -61,19 +56,6 @@ double kept_weight(const Rows& rows) {
 int64_t row_grain(int64_t classes) {
   constexpr int64_t elements_per_task = 16384;  // about 10 us of work, above the cost of waking a thread
   return 1 + elements_per_task / (classes + 16);
-}
-
-void advise_fresh_output(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t huge_page = 2 << 20;
-  if (bytes < 2 * huge_page) return;
-  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = (uintptr_t(data) + page - 1) / page * page, end = (uintptr_t(data) + uintptr_t(bytes)) / page * page;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing but speed
-#else
-  (void)data;
-  (void)bytes;
-#endif
 }
 
 }  // namespace synkern

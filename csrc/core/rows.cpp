@@ -1,6 +1,8 @@
 // The row kernels. Compiled once per instruction set (SYNKERN_ISA names it); dispatch.cpp picks one at run time.
 #include "core/rows.h"
 
+#include <cstdlib>
+
 #include "core/vector_loops.h"
 
 #define SYNKERN_CONCAT_(a, b) a##b
@@ -90,28 +92,48 @@ void fill_zero(T* out, int64_t n) {
 }
 
 template <typename T>
+void save(const Rows& r, int64_t i, const RowStatistics& s, const RowContext& c) {
+  using A = acc_t<T>;
+  A* statistics = static_cast<A*>(r.statistics) + i;
+  statistics[stat_max * r.rows] = A(s.max);
+  statistics[stat_rest * r.rows] = A(s.rest);
+  statistics[stat_centered_logit * r.rows] = A(s.centered);
+  statistics[stat_ratio * r.rows] = A(c.ratio);
+}
+
+// The context of a kept row, given its statistics but for what only label smoothing needs.
+template <typename T>
+RowContext fresh_context(const Rows& r, int64_t i, RowStatistics& s, int64_t target) {
+  using A = acc_t<T>;
+  if (r.loss.label_smoothing != 0.0)
+    s.centered = centered_sum(row_of<T>(r.logits, r.logits_stride, i), static_cast<const A*>(r.class_weight),
+                              r.classes, A(s.max));
+  return context<T>(r, i, s, target);
+}
+
+template <typename T>
 void forward(const Rows& r, void* loss_, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   A* loss = static_cast<A*>(loss_);
-  A* statistics = static_cast<A*>(r.statistics);
-  const A* class_weight = static_cast<const A*>(r.class_weight);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t target = target_at(r, i);
     RowStatistics s{};
     RowContext c{};
     if (target != r.ignore_index) {
-      const T* z = row_of<T>(r.logits, r.logits_stride, i);
-      s = row_statistics(z, r.classes);
-      if (r.loss.label_smoothing != 0.0) s.centered = centered_sum(z, class_weight, r.classes, A(s.max));
-      c = context<T>(r, i, s, target);
+      s = row_statistics(row_of<T>(r.logits, r.logits_stride, i), r.classes);
+      c = fresh_context<T>(r, i, s, target);
     }
-    statistics[stat_max * r.rows + i] = A(s.max);
-    statistics[stat_rest * r.rows + i] = A(s.rest);
-    statistics[stat_centered_logit * r.rows + i] = A(s.centered);
-    statistics[stat_ratio * r.rows + i] = A(c.ratio);
+    save<T>(r, i, s, c);
     const double weight = at_or<A>(r.weight, i, 1.0);
     loss[i] = weight == 0.0 ? A(0) : A(weight * c.value);
   }
+}
+
+// The gradient at the target's column, from 1 - p_y itself.
+template <typename A>
+A target_gradient(const Rows& r, const RowContext& c, double coefficient) {
+  const double first = c.slope_t * c.not_p + c.slope_lse * (1.0 - c.not_p);
+  return canonical(A(coefficient * (first + c.kappa * class_weight_at<A>(r, c.target))));
 }
 
 // out = coefficient dF/dlogits
@@ -119,14 +141,13 @@ template <typename T>
 void write_row_gradient(const Rows& r, const RowContext& c, const T* z, double coefficient, T* out) {
   using A = acc_t<T>;
   if (!c.kept || c.flat || coefficient == 0.0) return fill_zero(out, r.classes);
-  const A alpha = A(coefficient * (c.slope_lse - c.slope_t) * c.inverse_sum);
-  const double kappa = coefficient * c.kappa;
-  if (kappa == 0.0)
+  const A alpha = canonical(A(coefficient * (c.slope_lse - c.slope_t) * c.inverse_sum));
+  const A kappa = canonical(A(coefficient * c.kappa));
+  if (kappa == A(0))
     write_gradient(z, r.classes, A(c.max), alpha, out);
   else
-    write_smoothed_gradient(z, r.classes, A(c.max), alpha, A(kappa), static_cast<const A*>(r.class_weight), out);
-  const double on_target = c.slope_t * c.not_p + c.slope_lse * (1.0 - c.not_p);
-  store(A(coefficient * on_target + kappa * class_weight_at<A>(r, c.target)), out + c.target);
+    write_smoothed_gradient(z, r.classes, A(c.max), alpha, kappa, static_cast<const A*>(r.class_weight), out);
+  store(target_gradient<A>(r, c, coefficient), out + c.target);
 }
 
 template <typename T>
@@ -141,6 +162,97 @@ void backward(const Rows& r, const void* grad, double scale, void* gradient, voi
     if (grad_weight) grad_weight[i] = c.kept ? A(scale_i * c.value) : A(0);
     write_row_gradient(r, c, row_of<T>(r.logits, r.logits_stride, i), scale_i * at_or<A>(r.weight, i, 1.0),
                        static_cast<T*>(gradient) + i * r.classes);
+  }
+}
+
+// More blocks than any vocabulary has; a longer row takes its exponentials twice.
+constexpr int64_t most_blocks = 256;
+
+// A row's statistics and gradient from one exponential an element: taken from the maximum so far, kept in `e`, and
+// scaled to the final maximum once the loss is known. e is the output itself where that has the accumulation type, and
+// one row of scratch for 16-bit outputs, which would be rounded twice.
+template <typename T>
+RowContext forward_backward_row(const Rows& r, int64_t i, int64_t target, double scale, acc_t<T>* e, T* out) {
+  using A = acc_t<T>;
+  A maxima[most_blocks];
+  const A* class_weight = static_cast<const A*>(r.class_weight);
+  RowStatistics s = row_statistics(row_of<T>(r.logits, r.logits_stride, i), r.classes,
+                                   [&](int64_t block, int64_t start, A m) {
+                                     maxima[block] = m;
+                                     return Keep<A>{e + start};
+                                   });
+  const RowContext c = fresh_context<T>(r, i, s, target);
+  save<T>(r, i, s, c);
+  const double coefficient = scale * at_or<A>(r.weight, i, 1.0);
+  if (c.flat || coefficient == 0.0) {
+    fill_zero(out, r.classes);
+    return c;
+  }
+  const double alpha = coefficient * (c.slope_lse - c.slope_t) * c.inverse_sum, kappa = coefficient * c.kappa;
+  for (int64_t start = 0; start < r.classes; start += block_classes) {
+    const double shift = double(maxima[start / block_classes]) - s.max;
+    scale_exponentials(e + start, out + start, r.classes - start < block_classes ? r.classes - start : block_classes,
+                       canonical(A(shift == 0.0 ? alpha : alpha * std::exp(shift))), canonical(A(kappa)),
+                       class_weight ? class_weight + start : nullptr);
+  }
+  store(target_gradient<A>(r, c, coefficient), out + target);
+  return c;
+}
+
+template <typename T>
+RowContext forward_backward_row(const Rows& r, int64_t i, int64_t target, double scale, T* out) {
+  const T* z = row_of<T>(r.logits, r.logits_stride, i);
+  RowStatistics s = row_statistics(z, r.classes);
+  const RowContext c = fresh_context<T>(r, i, s, target);
+  save<T>(r, i, s, c);
+  write_row_gradient(r, c, z, scale * at_or<acc_t<T>>(r.weight, i, 1.0), out);
+  return c;
+}
+
+// Where a row keeps its exponentials; null where it cannot.
+template <typename T>
+class Exponentials {
+ public:
+  using A = acc_t<T>;
+  explicit Exponentials(int64_t classes) : possible_(classes <= most_blocks * block_classes) {
+    if (possible_ && sizeof(T) != sizeof(A)) scratch_ = static_cast<A*>(std::malloc(size_t(classes) * sizeof(A)));
+  }
+  ~Exponentials() { std::free(scratch_); }
+  Exponentials(const Exponentials&) = delete;
+  Exponentials& operator=(const Exponentials&) = delete;
+  A* for_output(T* out) const {
+    if constexpr (sizeof(T) == sizeof(A))
+      return possible_ ? out : nullptr;
+    else
+      return scratch_;
+  }
+
+ private:
+  bool possible_;
+  A* scratch_ = nullptr;
+};
+
+template <typename T>
+void forward_backward(const Rows& r, double scale, void* loss_, void* gradient_, void* grad_weight_, int64_t begin,
+                      int64_t end) {
+  using A = acc_t<T>;
+  A *loss = static_cast<A*>(loss_), *grad_weight = static_cast<A*>(grad_weight_);
+  const Exponentials<T> exponentials(r.classes);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t target = target_at(r, i);
+    T* out = static_cast<T*>(gradient_) + i * r.classes;
+    RowContext c{};
+    if (target == r.ignore_index) {
+      save<T>(r, i, {}, c);
+      fill_zero(out, r.classes);
+    } else if (A* e = exponentials.for_output(out)) {
+      c = forward_backward_row<T>(r, i, target, scale, e, out);
+    } else {
+      c = forward_backward_row<T>(r, i, target, scale, out);
+    }
+    const double weight = at_or<A>(r.weight, i, 1.0);
+    loss[i] = weight == 0.0 ? A(0) : A(weight * c.value);
+    if (grad_weight) grad_weight[i] = A(scale * c.value);
   }
 }
 
@@ -188,11 +300,11 @@ void write_row_hvp(const Rows& r, const RowContext& c, const Direction& d, const
   const double alpha = k * (c.curvature_lse * d.dot - c.curvature_t * t_dot) - mix * d.dot +
                        extra * (c.slope_lse - c.slope_t);
   const double kappa = extra * c.kappa;
-  write_hvp(z, v, r.classes, A(c.max), A(alpha * c.inverse_sum), A(mix * c.inverse_sum), A(kappa),
-            static_cast<const A*>(r.class_weight), out);
+  write_hvp(z, v, r.classes, A(c.max), canonical(A(alpha * c.inverse_sum)), canonical(A(mix * c.inverse_sum)),
+            canonical(A(kappa)), static_cast<const A*>(r.class_weight), out);
   const double second = c.curvature_t * t_dot * c.not_p + (c.curvature_lse * d.dot + (c.slope_lse - c.slope_t) * t_dot) * p;
   const double first = c.slope_t * c.not_p + c.slope_lse * p;
-  store(A(k * second + extra * first + kappa * class_weight_at<A>(r, c.target)), out + c.target);
+  store(canonical(A(k * second + extra * first + kappa * class_weight_at<A>(r, c.target))), out + c.target);
 }
 
 template <typename T>
@@ -231,8 +343,9 @@ void hessian_diagonal(const Rows& r, void* out_, int64_t begin, int64_t end) {
       continue;
     }
     write_hessian_diagonal(row_of<T>(r.logits, r.logits_stride, i), r.classes, A(c.max), A(c.inverse_sum),
-                           A(weight * mix), A(weight * (c.curvature_t + c.curvature_lse - mix)), out);
-    store(A(weight * (c.curvature_t * c.not_p * c.not_p + c.curvature_lse * p * p + mix * p * c.not_p)),
+                           canonical(A(weight * mix)), canonical(A(weight * (c.curvature_t + c.curvature_lse - mix))),
+                           out);
+    store(canonical(A(weight * (c.curvature_t * c.not_p * c.not_p + c.curvature_lse * p * p + mix * p * c.not_p))),
           out + c.target);
   }
 }
@@ -254,6 +367,10 @@ void backward_any(const Rows& r, const void* grad, double scale, void* gradient,
                   int64_t e) {
   SYNKERN_BY_DTYPE(backward, r, grad, scale, gradient, grad_weight, b, e)
 }
+void forward_backward_any(const Rows& r, double scale, void* loss, void* gradient, void* grad_weight, int64_t b,
+                          int64_t e) {
+  SYNKERN_BY_DTYPE(forward_backward, r, scale, loss, gradient, grad_weight, b, e)
+}
 void tangent_any(const Rows& r, const void* v, int64_t v_stride, const void* coefficient, void* directional, int64_t b,
                  int64_t e) {
   SYNKERN_BY_DTYPE(tangent, r, v, v_stride, coefficient, directional, b, e)
@@ -261,6 +378,10 @@ void tangent_any(const Rows& r, const void* v, int64_t v_stride, const void* coe
 void hvp_any(const Rows& r, const void* v, int64_t v_stride, const void* coefficient, const void* extra, void* out,
              void* directional, int64_t b, int64_t e) {
   SYNKERN_BY_DTYPE(hvp, r, v, v_stride, coefficient, extra, out, directional, b, e)
+}
+void scale_float32(void* x, double scale, int64_t begin, int64_t end) {
+  float* values = static_cast<float*>(x) + begin;
+  scale_exponentials(values, values, end - begin, float(scale), 0.f, static_cast<const float*>(nullptr));
 }
 void hessian_diagonal_any(const Rows& r, void* out, int64_t b, int64_t e) {
   SYNKERN_BY_DTYPE(hessian_diagonal, r, out, b, e)
@@ -270,6 +391,7 @@ void hessian_diagonal_any(const Rows& r, void* out, int64_t b, int64_t e) {
 
 extern const RowKernels SYNKERN_CONCAT(row_kernels_, SYNKERN_ISA);
 const RowKernels SYNKERN_CONCAT(row_kernels_, SYNKERN_ISA) = {
-    SYNKERN_STRING(SYNKERN_ISA), forward_any, backward_any, tangent_any, hvp_any, hessian_diagonal_any};
+    SYNKERN_STRING(SYNKERN_ISA), forward_any, backward_any, forward_backward_any, tangent_any, hvp_any,
+    scale_float32, hessian_diagonal_any};
 
 }  // namespace synkern

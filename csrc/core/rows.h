@@ -48,6 +48,10 @@ struct RowKernels {
   // scale_i = grad[i], or scale / denominator_i where grad is null.
   void (*backward)(const Rows&, const void* grad, double scale, void* gradient, void* grad_weight, int64_t begin,
                    int64_t end);
+  // Both at once, for a loss that is summed and scaled: loss[i] = weight_i F_i, statistics, and
+  // gradient[i, :] = scale weight_i dF_i/dlogits, grad_weight[i] = scale F_i. The logits are read from memory once.
+  void (*forward_backward)(const Rows&, double scale, void* loss, void* gradient, void* grad_weight, int64_t begin,
+                           int64_t end);
   // directional[i] = coefficient_i <dF_i/dlogits, v_i>; coefficient may be null (1).
   void (*tangent)(const Rows&, const void* v, int64_t v_stride, const void* coefficient, void* directional,
                   int64_t begin, int64_t end);
@@ -55,6 +59,8 @@ struct RowKernels {
   // extra may be null (0).
   void (*hvp)(const Rows&, const void* v, int64_t v_stride, const void* coefficient, const void* extra, void* out,
               void* directional, int64_t begin, int64_t end);
+  // x[j] *= scale for j in [begin, end)
+  void (*scale_float32)(void* x, double scale, int64_t begin, int64_t end);
   // out[i, j] = d2F_i/dlogits_j2: what gradient boosting takes for a Hessian.
   void (*hessian_diagonal)(const Rows&, void* out, int64_t begin, int64_t end);
 };
@@ -81,7 +87,5 @@ int64_t first_bad_target(const Rows& rows);
 double kept_weight(const Rows& rows);
 // Rows a thread should take at least, so that small problems stay on one.
 int64_t row_grain(int64_t classes);
-// Asks for huge pages under a fresh, still untouched output: the first write of 64 MB takes 8 ms instead of 28.
-void advise_fresh_output(void* data, int64_t bytes);
 
 }  // namespace synkern

@@ -41,10 +41,10 @@ inline float load(float16 x) {
 
 inline void store(float x, float* to) { *to = x; }
 inline void store(double x, double* to) { *to = x; }
+// A NaN stays one as long as the low half of its payload is empty, which canonical() and 16-bit inputs see to.
 inline void store(float x, bfloat16* to) {
   const uint32_t bits = float_to_bits(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to->bits = uint16_t(x != x ? 0x7fc0u : rounded);
+  to->bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 // Round to nearest even by an addition that moves the cut to the bottom of the mantissa.
 inline void store(float x, float16* to) {
@@ -54,6 +54,12 @@ inline void store(float x, float16* to) {
   uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
   result = magnitude >= 0x47800000u ? (magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u) : result;
   to->bits = uint16_t(sign | result);
+}
+
+// The number, or the quiet NaN without a payload.
+template <typename A>
+A canonical(A x) {
+  return x == x ? x : std::numeric_limits<A>::quiet_NaN();
 }
 
 // e^x for x <= 0 (a row minus its maximum), relative error 1e-7, in 13 instructions: the loops below are bound by them.
@@ -114,12 +120,78 @@ struct RowStatistics {
   double max, rest, centered;  // rest: sum of e^(z - max) without one occurrence of max; centered: sum cw (z - max)
 };
 
-template <typename T>
-double sum_exp(const T* z, int64_t n, acc_t<T> max) {
+// Keeps the exponentials of a row for its gradient, or nothing.
+struct Discard {
+  template <typename A>
+  void operator()(int64_t, A) const {}
+};
+template <typename A>
+struct Keep {
+  A* out;
+  void operator()(int64_t j, A e) const { out[j] = e; }
+};
+
+template <typename T, typename Sink>
+double sum_exp(const T* z, int64_t n, acc_t<T> max, Sink sink) {
   acc_t<T> sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += exp_nonpositive(acc_t<T>(load(z[j])) - max);
+  for (int64_t j = 0; j < n; ++j) {
+    const acc_t<T> e = exp_nonpositive(acc_t<T>(load(z[j])) - max);
+    sum += e;
+    sink(j, e);
+  }
   return sum;
+}
+
+// The same without the maxima themselves, which are counted: their sum is a 1 that would swallow small terms.
+template <typename T, typename Sink>
+double sum_exp_below(const T* z, int64_t n, acc_t<T> max, int64_t& maxima, Sink sink) {
+  acc_t<T> sum = 0;
+  int count = 0;
+#pragma omp simd reduction(+ : sum, count)
+  for (int64_t j = 0; j < n; ++j) {
+    const acc_t<T> x = load(z[j]), e = exp_nonpositive(x - max);
+    sum += x == max ? acc_t<T>(0) : e;
+    count += x == max;
+    sink(j, e);
+  }
+  maxima = count;
+  return sum;
+}
+
+// One read of the row from memory: each block's maximum, then its exponentials while it is in cache. sink_at(block,
+// start, m) is told the maximum m that the block's exponentials are taken from, and gives their sink.
+template <typename T, typename SinkAt>
+RowStatistics row_statistics(const T* z, int64_t classes, SinkAt sink_at) {
+  using A = acc_t<T>;
+  A m = -A(infinity);
+  double rest = 0;
+  bool nan = false;
+  for (int64_t start = 0; start < classes; start += block_classes) {
+    const int64_t n = classes - start < block_classes ? classes - start : block_classes;
+    const BlockMax<T> block = block_max(z + start, n);
+    nan |= block.nan;
+    const bool raised = block.max > m;
+    if (raised && m > -A(infinity)) rest = (rest + 1) * std::exp(double(m) - double(block.max));
+    if (raised) m = block.max;
+    const auto sink = sink_at(start / block_classes, start, m);
+    if (raised) {
+      int64_t maxima = 0;
+      rest += sum_exp_below(z + start, n, m, maxima, sink);
+      rest += double(maxima - 1);
+    } else if (m > -A(infinity)) {  // else all is -inf so far, and -inf - -inf is NaN
+      rest += sum_exp(z + start, n, m, sink);
+    } else {
+      for (int64_t j = 0; j < n; ++j) sink(j, A(0));
+    }
+  }
+  if (nan || !(std::fabs(double(m)) < infinity)) rest = std::numeric_limits<double>::quiet_NaN();
+  return {double(m), rest, 0};
+}
+
+template <typename T>
+RowStatistics row_statistics(const T* z, int64_t classes) {
+  return row_statistics(z, classes, [](int64_t, int64_t, acc_t<T>) { return Discard{}; });
 }
 
 template <typename T>
@@ -134,46 +206,6 @@ double weighted_sum(const T* z, const acc_t<T>* class_weight, int64_t n, acc_t<T
     for (int64_t j = 0; j < n; ++j) sum += load(z[j]) - origin;
   }
   return sum;
-}
-
-// The same without the maxima themselves, which are counted: their sum is a 1 that would swallow small terms.
-template <typename T>
-double sum_exp_below(const T* z, int64_t n, acc_t<T> max, int64_t& maxima) {
-  acc_t<T> sum = 0;
-  int count = 0;
-#pragma omp simd reduction(+ : sum, count)
-  for (int64_t j = 0; j < n; ++j) {
-    const acc_t<T> x = load(z[j]), e = exp_nonpositive(x - max);
-    sum += x == max ? acc_t<T>(0) : e;
-    count += x == max;
-  }
-  maxima = count;
-  return sum;
-}
-
-// One read of the row from memory: each block's maximum, then its exponentials while it is in cache.
-template <typename T>
-RowStatistics row_statistics(const T* z, int64_t classes) {
-  using A = acc_t<T>;
-  A m = -A(infinity);
-  double rest = 0;
-  bool nan = false;
-  for (int64_t start = 0; start < classes; start += block_classes) {
-    const int64_t n = classes - start < block_classes ? classes - start : block_classes;
-    const BlockMax<T> block = block_max(z + start, n);
-    nan |= block.nan;
-    if (block.max > m) {
-      if (m > -A(infinity)) rest = (rest + 1) * std::exp(double(m) - double(block.max));
-      m = block.max;
-      int64_t maxima = 0;
-      rest += sum_exp_below(z + start, n, m, maxima);
-      rest += double(maxima - 1);
-    } else if (m > -A(infinity)) {  // else all is -inf so far, and -inf - -inf is NaN
-      rest += sum_exp(z + start, n, m);
-    }
-  }
-  if (nan || !(std::fabs(double(m)) < infinity)) rest = std::numeric_limits<double>::quiet_NaN();
-  return {double(m), rest, 0};
 }
 
 // Sum over classes of class_weight (z - max), for label smoothing.
@@ -221,6 +253,22 @@ void write_smoothed_gradient(const T* z, int64_t classes, acc_t<T> max, acc_t<T>
 #pragma omp simd
   for (int64_t j = 0; j < classes; ++j)
     store(alpha * exp_nonpositive(acc_t<T>(load(z[j])) - max) + kappa * class_weight[j], out + j);
+}
+
+// out = alpha e + kappa class_weight (1 where null), over a row's exponentials e; out may be e
+template <typename T>
+void scale_exponentials(const acc_t<T>* e, T* out, int64_t n, acc_t<T> alpha, acc_t<T> kappa,
+                        const acc_t<T>* class_weight) {
+  if (kappa == acc_t<T>(0)) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) store(alpha * e[j], out + j);
+  } else if (!class_weight) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) store(alpha * e[j] + kappa, out + j);
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) store(alpha * e[j] + kappa * class_weight[j], out + j);
+  }
 }
 
 // out = e^(z - max) (alpha + beta v) + kappa class_weight (1 where null)

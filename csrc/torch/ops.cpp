@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "core/output_memory.h"
 #include "core/rows.h"
 
 using torch::headeronly::ScalarType;
@@ -180,10 +181,29 @@ struct Problem {
 
   Tensor new_vector() const { return new_tensor(logits.tensor, {rows.rows}, accumulate()); }
 
+  // Empty where there is no weight.
+  Tensor new_grad_weight() const {
+    return new_tensor(logits.tensor, {weight.has_value() ? rows.rows : 0}, accumulate());
+  }
+  void* grad_weight_data(const Tensor& grad_weight) const {
+    return weight.has_value() ? grad_weight.mutable_data_ptr() : nullptr;
+  }
+
+  // What the reduction divides by, also written to every row of the statistics.
+  double denominator(int64_t reduction) const {
+    const double value = Reduction(reduction) == Reduction::mean ? kept_weight(rows) : 1.0;
+    fill(statistics, stat_denominator * rows.rows, rows.rows, value);
+    return value;
+  }
+
+  // Uninitialised: every kernel writes every row.
   Tensor new_matrix() const {
-    Tensor out = new_tensor(logits.tensor, {rows.rows, rows.classes}, logits.tensor.scalar_type());
-    advise_fresh_output(out.mutable_data_ptr(), int64_t(out.numel()) * int64_t(out.element_size()));
-    return out;
+    const ScalarType type = logits.tensor.scalar_type();
+    const int64_t bytes = rows.rows * rows.classes * int64_t(logits.tensor.element_size());
+    void* data = bytes >= large_output ? allocate_output(bytes) : nullptr;
+    if (!data) return new_tensor(logits.tensor, {rows.rows, rows.classes}, type);
+    const int64_t sizes[] = {rows.rows, rows.classes}, strides[] = {rows.classes, 1};
+    return torch::stable::from_blob(data, {sizes, 2}, {strides, 2}, logits.tensor.device(), type, &release_output);
   }
 
   void forward(void* losses) const {
@@ -215,6 +235,19 @@ double scalar_value(const Tensor& x) {
                                                : double(*static_cast<const float*>(x.const_data_ptr()));
 }
 
+// The per-row losses of a reduced loss, on the stack for a small batch: an allocation costs as much as 8 of its rows.
+class Scratch {
+ public:
+  explicit Scratch(const Problem& problem) {
+    if (problem.rows.rows > int64_t(sizeof small_ / sizeof *small_)) large_ = problem.new_vector();
+  }
+  void* data() { return large_.has_value() ? large_->mutable_data_ptr() : small_; }
+
+ private:
+  double small_[512];
+  MaybeTensor large_;
+};
+
 std::tuple<Tensor, Tensor> row_loss(const Tensor& logits, const Tensor& target, MaybeTensor weight,
                                             MaybeTensor ratio, MaybeTensor class_weight, int64_t loss, double p0,
                                             double p1, double p2, double label_smoothing, double z_loss,
@@ -222,23 +255,58 @@ std::tuple<Tensor, Tensor> row_loss(const Tensor& logits, const Tensor& target, 
   Problem problem(logits, target, weight, ratio, class_weight, nullptr,
                   {loss, p0, p1, p2, label_smoothing, z_loss, ignore_index});
   problem.check_targets();
-  const Reduction kind = Reduction(reduction);
-  const double denominator = kind == Reduction::mean ? kept_weight(problem.rows) : 1.0;
-  fill(problem.statistics, stat_denominator * problem.rows.rows, problem.rows.rows, denominator);
-  if (kind == Reduction::none) {
+  const double denominator = problem.denominator(reduction);
+  if (Reduction(reduction) == Reduction::none) {
     Tensor losses = problem.new_vector();
     problem.forward(losses.mutable_data_ptr());
     return {losses, problem.statistics};
   }
-  // The row losses of a small batch live on the stack: an allocation costs as much as 8 of its rows.
-  double small[512];
-  const bool fits = problem.rows.rows <= 512;
-  std::optional<Tensor> large;
-  if (!fits) large = problem.new_vector();
-  void* losses = fits ? small : large->mutable_data_ptr();
-  problem.forward(losses);
-  return {scalar_tensor(problem, ordered_sum(losses, problem.rows.rows, problem.accumulate()) / denominator),
-          problem.statistics};
+  Scratch scratch(problem);
+  problem.forward(scratch.data());
+  const double sum = ordered_sum(scratch.data(), problem.rows.rows, problem.accumulate());
+  return {scalar_tensor(problem, sum / denominator), problem.statistics};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_loss_and_gradient(const Tensor& logits, const Tensor& target,
+                                                                 MaybeTensor weight, MaybeTensor ratio,
+                                                                 MaybeTensor class_weight, int64_t loss, double p0,
+                                                                 double p1, double p2, double label_smoothing,
+                                                                 double z_loss, int64_t ignore_index,
+                                                                 int64_t reduction) {
+  Problem problem(logits, target, weight, ratio, class_weight, nullptr,
+                  {loss, p0, p1, p2, label_smoothing, z_loss, ignore_index});
+  problem.check_targets();
+  STD_TORCH_CHECK(Reduction(reduction) != Reduction::none, "synkern::row_loss_and_gradient: the loss must be reduced");
+  const double denominator = problem.denominator(reduction);
+  Scratch scratch(problem);
+  Tensor gradient = problem.new_matrix(), grad_weight = problem.new_grad_weight();
+  void *losses = scratch.data(), *out = gradient.mutable_data_ptr(), *out_weight = problem.grad_weight_data(grad_weight);
+  problem.for_rows([&](int64_t b, int64_t e) {
+    row_kernels().forward_backward(problem.rows, 1.0 / denominator, losses, out, out_weight, b, e);
+  });
+  const double sum = ordered_sum(losses, problem.rows.rows, problem.accumulate());
+  return {scalar_tensor(problem, sum / denominator), problem.statistics, gradient, grad_weight};
+}
+
+// gradient and grad_weight come from row_loss_and_gradient, for a cotangent of 1; afterwards they are for `grad`.
+void row_loss_rescale(const Tensor& grad, const Tensor& gradient, const Tensor& grad_weight, const Tensor& logits,
+                      const Tensor& target, MaybeTensor weight, MaybeTensor ratio, MaybeTensor class_weight,
+                      const Tensor& statistics, int64_t loss, double p0, double p1, double p2, double label_smoothing,
+                      double z_loss, int64_t ignore_index) {
+  const double scale = scalar_value(grad);
+  if (scale == 1.0) return;
+  Problem problem(logits, target, weight, ratio, class_weight, &statistics,
+                  {loss, p0, p1, p2, label_smoothing, z_loss, ignore_index});
+  void *out = gradient.mutable_data_ptr(), *out_weight = problem.grad_weight_data(grad_weight);
+  const int64_t n = problem.rows.classes;
+  problem.for_rows([&](int64_t b, int64_t e) {
+    // 16-bit gradients are made again: scaled, they would be rounded twice, and float16 may have underflown
+    if (problem.rows.dtype == DType::float32)
+      row_kernels().scale_float32(out, scale, b * n, e * n);
+    else
+      row_kernels().backward(problem.rows, nullptr, scale, out, out_weight, b, e);
+  });
+  if (problem.rows.dtype == DType::float32 && out_weight) row_kernels().scale_float32(out_weight, scale, 0, problem.rows.rows);
 }
 
 std::tuple<Tensor, Tensor> row_loss_backward(const Tensor& grad, const Tensor& logits, const Tensor& target,
@@ -253,9 +321,8 @@ std::tuple<Tensor, Tensor> row_loss_backward(const Tensor& grad, const Tensor& l
   MaybeTensor row_grad;
   if (!reduced) row_grad = vector(grad, "grad", problem.rows.rows, problem.accumulate());
   Tensor gradient = problem.new_matrix();
-  Tensor grad_weight = new_tensor(problem.logits.tensor, {weight.has_value() ? problem.rows.rows : 0},
-                                  problem.accumulate());
-  void *out = gradient.mutable_data_ptr(), *out_weight = weight.has_value() ? grad_weight.mutable_data_ptr() : nullptr;
+  Tensor grad_weight = problem.new_grad_weight();
+  void *out = gradient.mutable_data_ptr(), *out_weight = problem.grad_weight_data(grad_weight);
   problem.for_rows([&](int64_t b, int64_t e) {
     row_kernels().backward(problem.rows, data_of(row_grad), scale, out, out_weight, b, e);
   });
@@ -307,12 +374,21 @@ std::tuple<Tensor, Tensor> row_loss_hvp(const Tensor& v, const Tensor& coefficie
 }  // namespace
 }  // namespace synkern
 
+namespace {
+void empty_cache() { synkern::empty_output_cache(); }
+}  // namespace
+
 #define SYNKERN_OPTIONS \
   "int loss, float p0, float p1, float p2, float label_smoothing, float z_loss, int ignore_index"
 
 STABLE_TORCH_LIBRARY(synkern, m) {
   m.def("row_loss(Tensor logits, Tensor target, Tensor? weight, Tensor? ratio, Tensor? class_weight, " SYNKERN_OPTIONS
         ", int reduction) -> (Tensor loss, Tensor statistics)");
+  m.def("empty_cache() -> ()");
+  m.def("row_loss_and_gradient(Tensor logits, Tensor target, Tensor? weight, Tensor? ratio, Tensor? class_weight, "
+        SYNKERN_OPTIONS ", int reduction) -> (Tensor loss, Tensor statistics, Tensor grad_logits, Tensor grad_weight)");
+  m.def("row_loss_rescale(Tensor grad, Tensor(a!) grad_logits, Tensor(b!) grad_weight, Tensor logits, Tensor target, "
+        "Tensor? weight, Tensor? ratio, Tensor? class_weight, Tensor statistics, " SYNKERN_OPTIONS ") -> ()");
   m.def("row_loss_backward(Tensor grad, Tensor logits, Tensor target, Tensor? weight, Tensor? ratio, "
         "Tensor? class_weight, Tensor statistics, " SYNKERN_OPTIONS
         ", int reduction) -> (Tensor grad_logits, Tensor grad_weight)");
@@ -322,8 +398,12 @@ STABLE_TORCH_LIBRARY(synkern, m) {
         "Tensor? class_weight, Tensor statistics, " SYNKERN_OPTIONS ") -> (Tensor hvp, Tensor directional)");
 }
 
+STABLE_TORCH_LIBRARY_IMPL(synkern, CompositeExplicitAutograd, m) { m.impl("empty_cache", TORCH_BOX(&empty_cache)); }
+
 STABLE_TORCH_LIBRARY_IMPL(synkern, CPU, m) {
   m.impl("row_loss", TORCH_BOX(&synkern::row_loss));
+  m.impl("row_loss_and_gradient", TORCH_BOX(&synkern::row_loss_and_gradient));
+  m.impl("row_loss_rescale", TORCH_BOX(&synkern::row_loss_rescale));
   m.impl("row_loss_backward", TORCH_BOX(&synkern::row_loss_backward));
   m.impl("row_loss_tangent", TORCH_BOX(&synkern::row_loss_tangent));
   m.impl("row_loss_hvp", TORCH_BOX(&synkern::row_loss_hvp));

@@ -95,7 +95,7 @@ def train(
         ),
     ] = None,
     max_length: Annotated[int, _option("Tokens at which a row is cut.", _OPTIMISATION, "--max-length")] = 128,
-    weight_decay: Annotated[float, _option("", _OPTIMISATION, "--weight-decay")] = 0.0,
+    weight_decay: Annotated[float, _option("Of AdamW or Adam.", _OPTIMISATION, "--weight-decay")] = 0.0,
     clip_norm: Annotated[float, _option("Greatest norm of a step's gradient.", _OPTIMISATION, "--clip-norm")] = 1.0,
     gamma: Annotated[float, _option("Exponent of the focal loss.", _OPTIMISATION, "--gamma")] = 2.0,
     max_weight: Annotated[

@@ -17,7 +17,7 @@ from synkern.recipes.settings import TrainSettings
 from synkern.recipes.train import write_rows
 
 LABELS = LabelSet(("negative", "positive"))
-SIZES = {"train": 1500, "real": 500, "test": 1000}
+SIZES = {"train": 1200, "real": 500, "test": 800}
 MAX_LENGTH = 128
 
 

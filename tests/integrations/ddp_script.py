@@ -5,6 +5,7 @@ Usage: ddp_script.py FOLDER BATCH ACCUMULATION
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -39,9 +40,10 @@ def main(folder: Path, batch: int, accumulation: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(result, folder / "result.tmp")
         os.replace(folder / "result.tmp", folder / "result.safetensors")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    gc.collect()  # the distributed model has to be gone before its process group, or its destructor may wait for ever
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

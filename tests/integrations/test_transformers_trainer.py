@@ -207,7 +207,7 @@ def test_two_processes_equal_one(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
-        [*launch, str(script), str(tmp_path / "two"), "2", "2"], capture_output=True, text=True, timeout=300,
+        [*launch, str(script), str(tmp_path / "two"), "2", "2"], capture_output=True, text=True, timeout=180,
         env=environment, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
