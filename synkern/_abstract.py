@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _library  # noqa: F401  (the operators must exist before they are looked up)
 from ._schema import DENOMINATOR_ROW, MEAN, NONE, STATISTICS_ROWS, accumulate_dtype
 
 _ops = torch.ops.synkern

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import _abstract
 from ._schema import DENOMINATOR_ROW, MEAN, NONE, RATIO_ROW, LossKind
 
 _C = torch._C
@@ -459,11 +460,14 @@ def row_loss(
         return _ops.row_loss.default(logits, target, weight, ratio, class_weight, *options)[0]
 
 
-def register() -> torch.library.Library:
-    """Wires every operator; the returned library must be kept alive."""
+def _register_all() -> torch.library.Library:
     library = torch.library.Library("synkern", "IMPL")
     _register(library, "row_loss", _RowLoss, _composed)
     _register(library, "row_loss_backward", _RowLossBackward, None)
     _register(library, "row_loss_tangent", _RowLossTangent, None)
     _register(library, "row_loss_hvp", _RowLossHvp, None)
+    _abstract.register(library)
     return library
+
+
+_registrations = _register_all()  # undone when the object goes

@@ -1,4 +1,4 @@
-"""Loads the compiled operators and says what could be loaded."""
+"""Importing this module loads the compiled operators into ``torch.ops.synkern``."""
 
 from __future__ import annotations
 
@@ -17,12 +17,7 @@ def _find(name: str) -> Path | None:
     return None
 
 
-def load() -> None:
-    """Registers ``torch.ops.synkern``.
-
-    Raises:
-        ImportError: the compiled library is missing or does not fit this torch.
-    """
+def _load() -> None:
     path = _find("libsynkern_ops.so")
     if path is None:
         raise ImportError(
@@ -35,3 +30,6 @@ def load() -> None:
         raise ImportError(
             f"synkern: {path.name} does not load under torch {torch.__version__} (needs >= 2.11): {error}"
         ) from error
+
+
+_load()

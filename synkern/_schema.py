@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import enum
-
 import torch
 
+from ._kinds import LossKind
 
-class LossKind(enum.IntEnum):
-    """Scalar functions, numbered as in ``csrc/losses/losses.h``."""
-
-    CROSS_ENTROPY = 0
-    RCE = 1
-    GCE = 2
-    SCE = 3
-    FOCAL = 4
-    IMP = 5
-    DIMP = 6
+__all__ = [
+    "DENOMINATOR_ROW", "MEAN", "NONE", "RATIO_ROW", "REDUCTIONS", "STATISTICS_ROWS", "SUM", "LossKind", "accumulate_dtype",
+]
 
 
 NONE, SUM, MEAN = 0, 1, 2

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from . import _checks, backends
 from ._autograd import row_loss
+from ._kinds import LOG_ZERO
 from ._schema import RATIO_ROW, REDUCTIONS, LossKind, accumulate_dtype
 
-LOG_ZERO = math.log(1e-4)
 
 Number = float | int
 

@@ -85,7 +85,9 @@ def test_gradcheck_of_reductions(case: Case, reduction: str) -> None:
         return case.fused(merged.pop("logits"), inputs.target, reduction=reduction, **merged)
 
     point = requiring_grad(tuple(named[name] for name in names))
-    assert torch.autograd.gradcheck(function, point, check_forward_ad=True)
+    assert torch.autograd.gradcheck(
+        function, point, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
     assert torch.autograd.gradgradcheck(function, point)
 
 

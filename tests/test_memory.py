@@ -202,3 +202,23 @@ def test_an_expanded_cotangent(case: Case) -> None:
     (actual,) = torch.autograd.grad(loss, logits, one.expand(6), retain_graph=True)
     (expected,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("n", [10, 300])
+@pytest.mark.parametrize("case", DEFAULTS, ids=str)
+def test_gradients_that_are_kept_stay_what_they_are(case: Case, n: int) -> None:
+    """Memory of one call must not serve the next one as long as someone holds it; nor may it be read unwritten."""
+    inputs = make_inputs(case, n, 10_000, torch.float32)
+    kept = []
+    for scale in (1.0, 2.0, 0.5):
+        logits = (inputs.logits * scale).requires_grad_()
+        loss = case.fused(logits, inputs.target, **inputs.operands)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        kept.append((gradient, gradient.clone()))
+        view = gradient[1:3]
+        dropped = torch.full_like(gradient, torch.nan)
+        del gradient, dropped
+        assert torch.equal(view, kept[-1][1][1:3])
+    for gradient, copy in kept:
+        assert not gradient.isnan().any()
+        assert torch.equal(gradient, copy)

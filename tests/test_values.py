@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from cases import FLOAT_DTYPES, REDUCTIONS, TARGET_DTYPES, Case, Inputs, cases, make_inputs
 from tolerances import FLOOR, Result, assert_as_exact_as_torch, assert_float64_equal, relative_error
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import synkern
 
@@ -60,13 +61,43 @@ def test_as_exact_as_torch(case: Case, size: tuple[int, int], dtype: torch.dtype
     assert_as_exact_as_torch(actual, torch_result, expected, inputs.target, dtype)
 
 
+def scaled_gradient(
+    case: Case, function: Any, inputs: Inputs, dtype: torch.dtype, reduction: str, scale: float
+) -> Result:
+    """Loss and gradient of ``scale * loss``, by autograd as a training step does it."""
+    logits = inputs.logits.clone().requires_grad_()
+    operands = {name: operand.to(dtype) for name, operand in inputs.operands.items()}
+    weight = inputs.sample_weight.to(dtype)
+    given = logits if function == case.fused else logits.to(dtype)
+    loss = function(given, inputs.target, sample_weight=weight, reduction=reduction, **operands)
+    (loss * scale).sum().backward()
+    return Result(loss.detach().reshape(-1), logits.grad)
+
+
+@pytest.mark.parametrize("scale", [1.0, -3.7, 2.0**16, 1e-3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_scaled_losses_are_as_exact_as_torch(case: Case, dtype: torch.dtype, reduction: str, scale: float) -> None:
+    """Loss scaling: a float16 gradient must not underflow before it is multiplied by the scale."""
+    inputs = make_inputs(case, 16, 100, dtype)
+    inputs.sample_weight.abs_()  # a mean that cancels would be as inexact in torch
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    leaf = Inputs(inputs.logits.double(), inputs.target, inputs.sample_weight, inputs.class_weight, inputs.operands)
+    expected = scaled_gradient(case, case.reference, leaf, torch.float64, reduction, scale)
+    torch_result = scaled_gradient(case, case.reference, inputs, wide, reduction, scale)
+    actual = scaled_gradient(case, case.fused, inputs, wide, reduction, scale)
+    assert_as_exact_as_torch(actual, torch_result, expected, inputs.target, dtype)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", ALL, ids=str)
-def test_16_bit_gradients_are_rounded_once(case: Case, dtype: torch.dtype) -> None:
+def test_16_bit_gradients_are_rounded_once(case: Case, dtype: torch.dtype, reduction: str) -> None:
     inputs = make_inputs(case, 512, 20, dtype, spread=4.0)
-    cotangent = torch.full((512,), 10.0, device=case.device)
-    exact = eager_result(case, inputs, cotangent, torch.float64, torch.float64).gradient.to(dtype)
-    actual = kernel_result(case, inputs, cotangent).gradient
+    leaf = Inputs(inputs.logits.double(), inputs.target, inputs.sample_weight, inputs.class_weight, inputs.operands)
+    exact = scaled_gradient(case, case.reference, leaf, torch.float64, reduction, 9.7).gradient.to(dtype)
+    actual = scaled_gradient(case, case.fused, inputs, torch.float32, reduction, 9.7).gradient
     # A float32 result close to the middle between two neighbours may go either way; weights applied after a first
     # rounding, or probabilities rounded before they are used, change a third of the entries.
     normal = exact.abs() >= torch.finfo(dtype).tiny
@@ -218,6 +249,68 @@ def test_return_weights(case: Case, dtype: torch.dtype) -> None:
     assert relative_error(weight.reshape(-1), expected) <= 2 * FLOOR[weight.dtype]
     loss.backward()
     assert logits.grad.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("case", cases(variants=False), ids=str)
+def test_backward_twice(case: Case, reduction: str) -> None:
+    """A retained graph gives the same gradient again, also after the first one was changed in place."""
+    inputs = make_inputs(case, 6, 5)
+    logits, weight = inputs.logits.clone().requires_grad_(), inputs.sample_weight.abs().requires_grad_()
+    loss = case.fused(logits, inputs.target, sample_weight=weight, reduction=reduction, **inputs.operands).sum()
+    loss.backward(retain_graph=True)
+    first = logits.grad.clone(), weight.grad.clone()
+    logits.grad.zero_()
+    weight.grad.zero_()
+    (2 * loss).backward(retain_graph=True)
+    assert_float64_equal((logits.grad, weight.grad), (2 * first[0], 2 * first[1]))
+    again = torch.autograd.grad(loss, (logits, weight), create_graph=True)
+    assert_float64_equal(tuple(g.detach() for g in again), first)
+    loss.backward()
+    assert_float64_equal((logits.grad, weight.grad), (3 * first[0], 3 * first[1]))
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("changed", ["logits", "sample_weight", "target"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("case", cases(variants=False), ids=str)
+def test_a_change_in_place_before_backward_is_noticed(case: Case, reduction: str, changed: str) -> None:
+    inputs = make_inputs(case, 6, 5)
+    leaf = inputs.logits.clone().requires_grad_()
+    tensors = {"logits": leaf * 1, "sample_weight": inputs.sample_weight, "target": inputs.target}
+    loss = case.fused(
+        tensors["logits"], inputs.target, sample_weight=inputs.sample_weight, reduction=reduction, **inputs.operands
+    )
+    tensors[changed].mul_(0)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.sum().backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_activation_checkpointing(case: Case, use_reentrant: bool) -> None:
+    inputs = make_inputs(case, 6, 5)
+
+    def step(logits: Tensor) -> Tensor:
+        return case.fused(logits * 2, inputs.target, sample_weight=inputs.sample_weight, **inputs.operands)
+
+    ours, theirs = inputs.logits.clone().requires_grad_(), inputs.logits.clone().requires_grad_()
+    checkpoint(step, ours, use_reentrant=use_reentrant).backward()
+    step(theirs).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_without_gradients(case: Case, mode: Any) -> None:
+    inputs = make_inputs(case, 6, 5)
+    logits = inputs.logits.clone().requires_grad_()
+    expected = case.fused(logits, inputs.target, sample_weight=inputs.sample_weight, **inputs.operands)
+    with mode():
+        actual = case.fused(logits, inputs.target, sample_weight=inputs.sample_weight, **inputs.operands)
+    assert not actual.requires_grad
+    torch.testing.assert_close(actual, expected.detach())
 
 
 CE = [case for case in cases(["cross_entropy"]) if not case.options]

@@ -55,7 +55,6 @@ class LabelsWithColumns(Tensor):
         return copied
 
 
-
 def _columns_after(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
 ) -> dict[str, Tensor] | None:

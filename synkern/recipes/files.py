@@ -26,13 +26,17 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files that only the owner may read
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        _usual_mode(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _usual_mode(path: Path) -> None:
+    """Give a temporary file or folder, which only its owner may read, the mode that a new one usually has."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -51,7 +55,8 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         write(temporary)
-        temporary.chmod(0o755)
+        for entry in (temporary, *temporary.rglob("*")):
+            _usual_mode(entry)
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)

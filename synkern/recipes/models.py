@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,22 @@ class EncodedText:
         return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide bars, and the warning that the classification layer is new, which it is meant to be."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """A tokenizer and a way to build fresh models that belong to it."""
@@ -124,13 +141,14 @@ class ModelFamily:
         from transformers import AutoModelForSequenceClassification
 
         names = self.labels.names
-        return AutoModelForSequenceClassification.from_pretrained(
-            self.name,
-            num_labels=len(names),
-            id2label=dict(enumerate(names)),
-            ignore_mismatched_sizes=True,
-            label2id={name: index for index, name in enumerate(names)},
-        )
+        with _quiet_transformers():
+            return AutoModelForSequenceClassification.from_pretrained(
+                self.name,
+                num_labels=len(names),
+                id2label=dict(enumerate(names)),
+                ignore_mismatched_sizes=True,
+                label2id={name: index for index, name in enumerate(names)},
+            )
 
     def encode(self, data: LabelledText) -> EncodedText:
         """Token indices of the rows, cut at ``max_length`` tokens."""
@@ -161,7 +179,8 @@ class ModelFamily:
                 tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
                 save_file(tensors, str(temporary / "model.safetensors"))
             else:
-                model.save_pretrained(temporary)  # type: ignore[operator]
+                with _quiet_transformers():
+                    model.save_pretrained(temporary)  # type: ignore[operator]
             write_json(temporary / _DESCRIPTION, description)
 
         write_folder(folder, write)
