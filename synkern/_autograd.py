@@ -206,6 +206,7 @@ class _RowLossBackward(_SingleLevelFunction):
         extra = None if s is None else s * row_grad
         along = losses = None
         if u is None:
+            assert extra is not None
             grad_logits = _unweighted_gradient(extra, *shared)
         else:
             coefficient = row_grad if weight is None else row_grad * weight
@@ -455,7 +456,7 @@ def row_loss(
         if _requires_grad(ratio) or _requires_grad(class_weight):
             return _composed(logits, target, weight, ratio, class_weight, *options)[0]
         if logits.requires_grad or _requires_grad(weight):
-            return _PlainRowLoss.apply(logits, weight, (target, ratio, class_weight, options))
+            return _PlainRowLoss.apply(logits, weight, (target, ratio, class_weight, options))  # type: ignore[attr-defined]
     with _below_autograd():
         return _ops.row_loss.default(logits, target, weight, ratio, class_weight, *options)[0]
 

@@ -14,7 +14,6 @@ from ._autograd import row_loss
 from ._kinds import LOG_ZERO
 from ._schema import RATIO_ROW, REDUCTIONS, LossKind, accumulate_dtype
 
-
 Number = float | int
 
 _COMMON_ARGUMENTS = """
@@ -153,7 +152,8 @@ def fused_cross_entropy(
 
     <returns>
 
-    Source: Kuo et al. 2024, "Not all LLM-generated data are equal", Eq. 1 and 2; z-loss: Chowdhery et al. 2022, section 5.
+    Source: Kuo et al. 2024, "Not all LLM-generated data are equal", Eq. 1 and 2; z-loss: Chowdhery et al. 2022,
+    section 5.
     """
     _checks.check_range("fused_cross_entropy", "label_smoothing", label_smoothing, 0.0, 1.0)
     _checks.check_range("fused_cross_entropy", "z_loss", z_loss, 0.0)

@@ -16,7 +16,9 @@ class _RowLoss(nn.Module):
 
     class_weight: Tensor | None
 
-    def __init__(self, function: Any, options: dict[str, Any], class_weight: Tensor | None, common: dict[str, Any]) -> None:
+    def __init__(
+        self, function: Any, options: dict[str, Any], class_weight: Tensor | None, common: dict[str, Any]
+    ) -> None:
         super().__init__()
         unknown = sorted(common.keys() - _DEFAULTS.keys())
         if unknown:

@@ -81,7 +81,9 @@ def _call(
         denominator = float(kept.sum() if weight is None else weight[kept].sum(dtype=np.float64))
     with np.errstate(invalid="ignore", divide="ignore"):  # a mean over no rows is NaN, as in torch
         value = z.dtype.type(losses.sum(dtype=np.float64) / np.float64(denominator))
-        return (value, gradient / z.dtype.type(denominator), hessian / z.dtype.type(denominator)) if derivatives else value
+        if not derivatives:
+            return value
+        return value, gradient / z.dtype.type(denominator), hessian / z.dtype.type(denominator)
 
 
 def cross_entropy(

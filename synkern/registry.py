@@ -45,7 +45,8 @@ def _losses() -> dict[str, LossSpec]:
             variants=({}, {"q": 1.0}, {"q": 0.3}, {"truncation": 0.5}),
         ),
         LossSpec(
-            "sce", losses.fused_sce_loss, modules.SCELoss, reference.sce_loss, variants=({}, {"alpha": 6.0, "beta": 0.1})
+            "sce", losses.fused_sce_loss, modules.SCELoss, reference.sce_loss,
+            variants=({}, {"alpha": 6.0, "beta": 0.1}),
         ),
         LossSpec(
             "focal", losses.fused_focal_loss, modules.FocalLoss, reference.focal_loss,

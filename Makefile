@@ -1,0 +1,49 @@
+# One virtual environment for everything; `make demo` and `make test` set it up and can be run again.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc synkern -name '*.cpp' -o -name '*.h') CMakeLists.txt pyproject.toml constraints.txt
+
+.PHONY: help demo test test-slow lint types benchmark benchmark-smoke sanitize wheel clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable ".[dev,demo]"
+	touch $@
+
+demo: $(VENV)/.installed ## Compare the methods on film reviews with noisy labels
+	$(BIN)/synkern demo
+
+test: $(VENV)/.installed ## The tests that need no GPU and no patience
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed ## The long ones
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed ## ruff
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed ## mypy
+	$(BIN)/mypy
+
+benchmark: $(VENV)/.installed ## The table of benchmarks/results; a quiet machine, ten minutes
+	$(BIN)/python -m benchmarks
+
+benchmark-smoke: $(VENV)/.installed ## Does every benchmark run?
+	$(BIN)/python -m benchmarks --smoke
+
+sanitize: $(VENV)/.installed ## The CPU kernels under the address and undefined-behaviour sanitizers
+	$(BIN)/python -m pytest -m slow tests/test_native.py
+
+wheel: $(VENV)/.torch ## A wheel in dist/, for every torch from 2.11
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist $(VENV)
