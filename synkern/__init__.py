@@ -1,7 +1,7 @@
 """Native kernels for training on data that cannot be fully trusted.
 
 Losses that weigh every row, with every derivative PyTorch knows: see ``fused_cross_entropy``, ``fused_dimp_loss`` and
-their siblings. ``synkern.registry.LOSSES`` lists them all. ``synkern.numpy`` holds them for numpy arrays, without torch,
+their siblings. ``synkern.registry.LOSSES`` lists them all. ``synkern.numpy`` holds them for numpy, without torch,
 which is why the names below are only loaded when they are asked for.
 """
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _abstract
-from ._schema import DENOMINATOR_ROW, MEAN, NONE, RATIO_ROW, LossKind
+from ._schema import DENOMINATOR_ROW, MEAN, NONE, RATIO_ROW, LossKind, accumulate_dtype
 
 _C = torch._C
 _ops = torch.ops.synkern
@@ -223,7 +223,7 @@ class _RowLossBackward(_SingleLevelFunction):
     def jvp(
         ctx: Any, saved: Any, grad_t: Tensor | None, logits_t: Tensor | None, _target: None, weight_t: Tensor | None,
         *_: Any,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         grad, logits, target, weight, ratio, class_weight, statistics = saved
         options, reduction = ctx.options[:-1], ctx.options[-1]
         row_grad = _per_row(grad, statistics, reduction)
@@ -237,16 +237,16 @@ class _RowLossBackward(_SingleLevelFunction):
         if logits_t is not None:
             coefficient = row_grad if weight is None else row_grad * weight
             gradient_t, along = _ops.row_loss_hvp.default(logits_t, coefficient.contiguous(), extra, *shared)
-        elif extra is not None:
-            gradient_t = _unweighted_gradient(extra, *shared)
         else:
-            return None, None
-        if weight is None:
-            return gradient_t, None
+            assert extra is not None  # a jvp is only asked for where something has a tangent
+            gradient_t = _unweighted_gradient(extra, *shared)
         losses = None
-        if row_grad_t is not None:
+        if weight is not None and row_grad_t is not None:
             losses = row_grad_t * _ops.row_loss.default(logits, target, None, ratio, class_weight, *options, NONE)[0]
-        return gradient_t, _sum_of(losses, None if along is None else row_grad * along)
+        weight_gradient_t = _sum_of(losses, None if weight is None or along is None else row_grad * along)
+        if weight_gradient_t is None:  # torch takes no None for an output that is differentiable
+            weight_gradient_t = statistics.new_zeros(0 if weight is None else weight.shape[0])
+        return gradient_t, weight_gradient_t
 
 
 def _unweighted_gradient(
@@ -327,24 +327,22 @@ def _composed(
 
     Rare enough (learned checkers, learned class weights) that the kernels stay linear in one weight.
     """
-    plain = (LossKind.CROSS_ENTROPY, 0.0, 0.0, 0.0, 0.0, 0.0, ignore_index, NONE)
     kept = target != ignore_index
+    kind = (LossKind.CROSS_ENTROPY, 0.0, 0.0, 0.0) if ratio is not None else (loss, p0, p1, p2)
+    losses, statistics = _ops.row_loss.default(logits, target, None, None, None, *kind, 0.0, 0.0, ignore_index, NONE)
+    # Masked before every product: where() alone would send 0 * inf back through the branch it did not take.
+    excluded = _excluded(losses, kept, weight)
+    losses = losses.masked_fill(excluded, 0)
+    weights = torch.ones_like(losses)
     if ratio is not None:
-        cross_entropy, statistics = _ops.row_loss.default(logits, target, None, None, None, *plain)
-        losses, weights = _differentiable_ratio(loss, cross_entropy, ratio, p0, bool(p1), bool(p2))
-    else:
-        options = (loss, p0, p1, p2, 0.0, 0.0, ignore_index, NONE)
-        losses, statistics = _ops.row_loss.default(logits, target, None, None, None, *options)
-        weights = torch.ones_like(losses)
+        losses, weights = _differentiable_ratio(loss, losses, ratio, p0, bool(p1), bool(p2))
+    row_class_weight = kept.to(losses.dtype)
     if class_weight is not None:
         row_class_weight = class_weight[target.long().masked_fill(~kept, 0)].masked_fill(~kept, 0)
         losses = _times(row_class_weight * (1.0 - label_smoothing), losses)
-    else:
-        row_class_weight = kept.to(losses.dtype)
-        losses = losses * (1.0 - label_smoothing)
     if label_smoothing or z_loss:
-        losses = losses + _smoothing_terms(logits, class_weight, label_smoothing, z_loss, losses.dtype)
-    losses = _times(weight, losses.masked_fill(~kept, 0))
+        losses = losses + _smoothing_terms(logits, class_weight, label_smoothing, z_loss, excluded)
+    losses = _times(weight, losses.masked_fill(_excluded(losses, kept, weight), 0))
     if reduction != NONE:
         losses = losses.sum() / row_class_weight.sum() if reduction == MEAN else losses.sum()
     # Nobody differentiates through these statistics: the caller reads the weights from them and nothing else.
@@ -365,10 +363,15 @@ def _differentiable_ratio(
     return _times(weights, cross_entropy), weights
 
 
+def _excluded(losses: Tensor, kept: Tensor, weight: Tensor | None) -> Tensor:
+    """Rows that must add exactly zero and would not: ignored ones, and those of weight zero whose loss is infinite."""
+    return ~kept if weight is None else ~kept | ((weight == 0) & ~losses.isfinite())
+
+
 def _smoothing_terms(
-    logits: Tensor, class_weight: Tensor | None, label_smoothing: float, z_loss: float, dtype: torch.dtype
+    logits: Tensor, class_weight: Tensor | None, label_smoothing: float, z_loss: float, excluded: Tensor
 ) -> Tensor:
-    wide = logits.to(dtype)
+    wide = logits.to(accumulate_dtype(logits.dtype)).masked_fill(excluded[:, None], 0)
     lse = wide.logsumexp(-1)
     total: Tensor = z_loss * lse * lse
     if label_smoothing and class_weight is not None:

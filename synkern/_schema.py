@@ -7,7 +7,8 @@ import torch
 from ._kinds import LossKind
 
 __all__ = [
-    "DENOMINATOR_ROW", "MEAN", "NONE", "RATIO_ROW", "REDUCTIONS", "STATISTICS_ROWS", "SUM", "LossKind", "accumulate_dtype",
+    "DENOMINATOR_ROW", "MEAN", "NONE", "RATIO_ROW", "REDUCTIONS", "STATISTICS_ROWS", "SUM", "LossKind",
+    "accumulate_dtype",
 ]
 
 

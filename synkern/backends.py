@@ -29,7 +29,8 @@ def check(name: str, backend: str, device: torch.device) -> None:
         raise ValueError(f"{name}: backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend in _MISSING:
         raise ValueError(
-            f"{name}: backend={backend!r} cannot be had: {_MISSING[backend]}; use backend=None for what fits the tensors"
+            f"{name}: backend={backend!r} cannot be had: {_MISSING[backend]}; "
+            "use backend=None for what fits the tensors"
         )
     if device.type not in _DEVICE_TYPES[backend]:
         raise ValueError(

@@ -78,6 +78,7 @@ def _call(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     ratio: Tensor | None = None,
+    ratio_name: str = "ratio",
     return_weights: bool = False,
     sample_weight: Tensor | None = None,
     class_weight: Tensor | None = None,
@@ -97,6 +98,7 @@ def _call(
         _checks.check_operand(name, "sample_weight", sample_weight, logits, target)
         sample_weight = _row_vector(sample_weight, dtype)
     if ratio is not None:
+        _checks.check_operand(name, ratio_name, ratio, logits, target)
         ratio = _row_vector(ratio, dtype)
     if class_weight is not None:
         _checks.check_class_weight(name, class_weight, logits)
@@ -350,6 +352,7 @@ def _importance_ratio(
 ) -> tuple[Tensor, bool]:
     """quality / diversity, or its logarithm where either comes as one."""
     name = "fused_imp_loss"
+    _checks.check_inputs(name, logits, target)
     top, top_is_log = _checks.pick_one(name, "quality", quality, log_quality)
     bottom, bottom_is_log = _checks.pick_one(name, "diversity", diversity, log_diversity)
     _checks.check_operand(name, "log_quality" if top_is_log else "quality", top, logits, target)
@@ -441,11 +444,10 @@ def fused_dimp_loss(
     Source: Kuo et al. 2024, Eq. 9 and Algorithm 2.
     """
     ratio, is_log = _checks.pick_one("fused_dimp_loss", "quality", quality, log_quality)
-    _checks.check_operand("fused_dimp_loss", "log_quality" if is_log else "quality", ratio, logits, target)
     cap = _cap("fused_dimp_loss", max_weight)
     return _call(
         "fused_dimp_loss", LossKind.DIMP, logits, target, cap, float(is_log), float(detach_weight), ratio=ratio,
-        return_weights=return_weights,
+        ratio_name="log_quality" if is_log else "quality", return_weights=return_weights,
         sample_weight=sample_weight, class_weight=class_weight, ignore_index=ignore_index, reduction=reduction,
         normalizer=normalizer, backend=backend,
     )

@@ -22,12 +22,16 @@ def rows() -> list[dict[str, Any]]:
     return tiny.make_rows("causal", per_token=True)
 
 
+def evaluation_rows() -> list[dict[str, Any]]:
+    """Two labels a sample: in evaluation not every Trainer counts labels over all processes."""
+    return [row | {"labels": [-100] * (len(row["input_ids"]) - 2) + row["input_ids"][-2:]} for row in rows()]
+
+
 def main(folder: Path, batch: int, accumulation: int) -> None:
     torch.set_num_threads(1)
-    data = rows()
     trainer, recorder = tiny.make_trainer(
-        "causal", loss_function("dimp", quality_column="quality", sample_weight_column="weight"), folder, data,
-        evaluation=data, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+        "causal", loss_function("dimp", quality_column="quality", sample_weight_column="weight"), folder, rows(),
+        evaluation=evaluation_rows(), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
         per_device_eval_batch_size=batch * accumulation, average_tokens_across_devices=True,
     )  # fmt: skip
     trainer.train()
