@@ -38,6 +38,15 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def fresh_inductor() -> Iterator[None]:
+    """What inductor keeps on disk does not know when an operator of this library changed."""
+    from torch._inductor.utils import fresh_cache
+
+    with fresh_cache():
+        yield
+
+
 def shared_data_path(name: str) -> Path:
     """The folder of a shared data set; skips the calling test where the data is not at hand."""
     path = DATA / name

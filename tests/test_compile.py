@@ -62,6 +62,7 @@ def test_aot_eager_steps(case: Case) -> None:
     check_steps(case, "aot_eager")
 
 
+@pytest.mark.usefixtures("fresh_inductor")
 @pytest.mark.parametrize("case", INDUCTOR, ids=str)
 def test_inductor_steps(case: Case) -> None:
     check_steps(case, "inductor")
@@ -82,6 +83,7 @@ def test_aot_eager_dynamic_batch(case: Case) -> None:
     check_dynamic_batch(case, "aot_eager")
 
 
+@pytest.mark.usefixtures("fresh_inductor")
 @pytest.mark.parametrize("case", with_slow(DEFAULTS, lambda case: case.name == "dimp"), ids=str)
 def test_inductor_dynamic_batch(case: Case) -> None:
     check_dynamic_batch(case, "inductor")
@@ -139,6 +141,7 @@ def test_a_jvp_inside(case: Case, build: Callable[[Case, Inputs], Callable[..., 
     assert_float64_equal(compiled(inputs.logits, direction), function(inputs.logits, direction))
 
 
+@pytest.mark.usefixtures("fresh_inductor")
 @pytest.mark.parametrize("case", with_slow(DEFAULTS, lambda case: case.name == "dimp"), ids=str)
 def test_a_jvp_inside_inductor(case: Case) -> None:
     inputs = make_inputs(case, 6, 5)

@@ -132,7 +132,7 @@ struct Keep {
 };
 
 template <typename T, typename Sink>
-double sum_exp(const T* z, int64_t n, acc_t<T> max, Sink sink) {
+double sum_exp_whole(const T* z, int64_t n, acc_t<T> max, Sink sink) {
   acc_t<T> sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
@@ -145,7 +145,7 @@ double sum_exp(const T* z, int64_t n, acc_t<T> max, Sink sink) {
 
 // The same without the maxima themselves, which are counted: their sum is a 1 that would swallow small terms.
 template <typename T, typename Sink>
-double sum_exp_below(const T* z, int64_t n, acc_t<T> max, int64_t& maxima, Sink sink) {
+double sum_exp_below_whole(const T* z, int64_t n, acc_t<T> max, int64_t& maxima, Sink sink) {
   acc_t<T> sum = 0;
   int count = 0;
 #pragma omp simd reduction(+ : sum, count)
@@ -155,7 +155,45 @@ double sum_exp_below(const T* z, int64_t n, acc_t<T> max, int64_t& maxima, Sink 
     count += x == max;
     sink(j, e);
   }
-  maxima = count;
+  maxima += count;
+  return sum;
+}
+
+// The last elements of a row, padded to whole vectors: one by one, their exponentials took a third of a row of 100.
+template <typename T>
+struct Tail {
+  using A = acc_t<T>;
+  static constexpr int64_t lanes = 64 / int64_t(sizeof(A));
+  A z[lanes], e[lanes];
+  int64_t start, n;
+  Tail(const T* row, int64_t row_length) : start(row_length / lanes * lanes), n(row_length - start) {
+    for (int64_t j = 0; j < lanes; ++j) z[j] = -A(infinity);
+    for (int64_t j = 0; j < n; ++j) z[j] = load(row[start + j]);
+  }
+  template <typename Sink>
+  void give(Sink sink) const {
+    for (int64_t j = 0; j < n; ++j) sink(start + j, e[j]);
+  }
+};
+
+template <typename T, typename Sink>
+double sum_exp(const T* z, int64_t n, acc_t<T> max, Sink sink) {
+  Tail<T> tail(z, n);
+  double sum = sum_exp_whole(z, tail.start, max, sink);
+  if (tail.n == 0) return sum;
+  sum += sum_exp_whole(tail.z, tail.lanes, max, Keep<acc_t<T>>{tail.e});
+  tail.give(sink);
+  return sum;
+}
+
+template <typename T, typename Sink>
+double sum_exp_below(const T* z, int64_t n, acc_t<T> max, int64_t& maxima, Sink sink) {
+  Tail<T> tail(z, n);
+  maxima = 0;
+  double sum = sum_exp_below_whole(z, tail.start, max, maxima, sink);
+  if (tail.n == 0) return sum;
+  sum += sum_exp_below_whole(tail.z, tail.lanes, max, maxima, Keep<acc_t<T>>{tail.e});
+  tail.give(sink);
   return sum;
 }
 
