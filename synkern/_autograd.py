@@ -27,12 +27,14 @@ try:
     from torch._C._functorch import TransformType as _TransformType
     from torch._C._functorch import get_interpreter_stack as _interpreter_stack
     from torch._C._functorch import get_single_level_autograd_function_allowed as _single_level_allowed
+    from torch._C._functorch import is_legacy_batchedtensor as _is_batched  # autograd.grad(is_grads_batched=True)
     from torch._C._functorch import set_single_level_autograd_function_allowed as _allow_single_level
     from torch.autograd.function import _SingleLevelFunction
 
     _below_autograd = _C._AutoDispatchBelowAutograd
     _any_requires_grad = _C._any_requires_grad
     _functorch_active = _C._are_functorch_transforms_active
+    _dispatch_modes = _C._len_torch_dispatch_stack
     _forward_grad_enabled = _C._is_fwd_grad_enabled
     _set_forward_grad_enabled = _C._set_fwd_grad_enabled
     _set_grad_enabled = _C._set_grad_enabled
@@ -406,6 +408,11 @@ def _register(library: torch.library.Library, name: str, function: Any, composed
     library.impl(name, kernel, "Autograd")
 
 
+def _transformed() -> bool:
+    """Whether torch.func (also a backward batched over cotangents) or a tracer watches the operators called."""
+    return _functorch_active() or _dispatch_modes() > 0
+
+
 class _PlainRowLoss(_SingleLevelFunction):
     """``_RowLoss`` for a training step: reverse mode alone, and the loss as the only output.
 
@@ -429,7 +436,7 @@ class _PlainRowLoss(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() or not ctx.needs_input_grad[0]:
+        if torch.is_grad_enabled() or not ctx.needs_input_grad[0] or _transformed() or _is_batched(grad):
             grads = _RowLoss.backward(ctx, grad)
             return grads[0], grads[2], None
         saved = ctx.saved_tensors
@@ -453,7 +460,7 @@ def row_loss(
     A small batch is all overhead, so the plain training step (reverse mode, no transform, no compiler) skips the
     dispatcher's way to the Autograd key: 32 x 3, forward and backward, in 0.6 of the time.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or _functorch_active():
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or _transformed():
         return _ops.row_loss.default(logits, target, weight, ratio, class_weight, *options)[0]
     if torch.is_grad_enabled():
         if _requires_grad(ratio) or _requires_grad(class_weight):
