@@ -22,7 +22,7 @@ demo: $(VENV)/.installed ## Compare the methods on film reviews with noisy label
 	$(BIN)/synkern demo
 
 test: $(VENV)/.installed ## The tests that need no GPU and no patience
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -q
 
 test-slow: $(VENV)/.installed ## The long ones
 	$(BIN)/python -m pytest -m slow

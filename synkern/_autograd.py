@@ -409,8 +409,8 @@ def _register(library: torch.library.Library, name: str, function: Any, composed
 
 
 def _transformed() -> bool:
-    """Whether torch.func (also a backward batched over cotangents) or a tracer watches the operators called."""
-    return _functorch_active() or _dispatch_modes() > 0
+    """Whether forward mode, torch.func or a tracer watches the operators called."""
+    return forward_ad._current_level >= 0 or _functorch_active() or _dispatch_modes() > 0
 
 
 class _PlainRowLoss(_SingleLevelFunction):
@@ -460,7 +460,7 @@ def row_loss(
     A small batch is all overhead, so the plain training step (reverse mode, no transform, no compiler) skips the
     dispatcher's way to the Autograd key: 32 x 3, forward and backward, in 0.6 of the time.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or _transformed():
+    if torch.compiler.is_compiling() or _transformed():
         return _ops.row_loss.default(logits, target, weight, ratio, class_weight, *options)[0]
     if torch.is_grad_enabled():
         if _requires_grad(ratio) or _requires_grad(class_weight):

@@ -548,8 +548,10 @@ void check_scale() {
       for (int64_t j = 0; j < size; ++j) x[j] = float(j + 1);
       row_kernels().scale_float32(x.data(), -0.5, begin, end);
       ++problems;
-      for (int64_t j = 0; j < size; ++j)
-        expect(x[j] == (j >= begin && j < end ? -0.5f : 1.0f) * float(j + 1), "scale_float32", "scales the range alone");
+      for (int64_t j = 0; j < size; ++j) {
+        const float factor = j >= begin && j < end ? -0.5f : 1.0f;
+        expect(x[j] == factor * float(j + 1), "scale_float32", "scales the range alone");
+      }
     }
 }
 
