@@ -121,13 +121,6 @@ def check_reduction(name: str, reduction: str, normalizer: object) -> None:
         )
 
 
-def check_range(name: str, what: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raises unless low <= value <= high."""
-    if not low <= value <= high:
-        bounds = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name}: {what} must be {bounds}, got {value}")
-
-
 def pick_one(name: str, what: str, value: Tensor | None, log_value: Tensor | None) -> tuple[Tensor, bool]:
     """The operand given as a probability or as its logarithm, and which of the two it is."""
     if (value is None) == (log_value is None):

@@ -1,4 +1,4 @@
-"""The losses' numbers and constants, shared by the torch and the numpy front ends; imports neither."""
+"""The losses' numbers, constants and ranges, shared by the torch and the numpy front ends; imports neither."""
 
 from __future__ import annotations
 
@@ -18,3 +18,10 @@ class LossKind(enum.IntEnum):
     FOCAL = 4
     IMP = 5
     DIMP = 6
+
+
+def check_range(name: str, what: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Raises unless low <= value <= high."""
+    if not low <= value <= high:
+        bounds = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name}: {what} must be {bounds}, got {value}")

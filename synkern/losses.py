@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _checks, backends
 from ._autograd import row_loss
-from ._kinds import LOG_ZERO
+from ._kinds import LOG_ZERO, check_range
 from ._schema import RATIO_ROW, REDUCTIONS, LossKind, accumulate_dtype
 
 Number = float | int
@@ -157,8 +157,8 @@ def fused_cross_entropy(
     Source: Kuo et al. 2024, "Not all LLM-generated data are equal", Eq. 1 and 2; z-loss: Chowdhery et al. 2022,
     section 5.
     """
-    _checks.check_range("fused_cross_entropy", "label_smoothing", label_smoothing, 0.0, 1.0)
-    _checks.check_range("fused_cross_entropy", "z_loss", z_loss, 0.0)
+    check_range("fused_cross_entropy", "label_smoothing", label_smoothing, 0.0, 1.0)
+    check_range("fused_cross_entropy", "z_loss", z_loss, 0.0)
     return _call(
         "fused_cross_entropy", LossKind.CROSS_ENTROPY, logits, target, label_smoothing=label_smoothing, z_loss=z_loss,
         sample_weight=sample_weight, class_weight=class_weight, ignore_index=ignore_index, reduction=reduction,
@@ -191,7 +191,7 @@ def fused_rce_loss(
 
     Source: Gao et al. 2023, "Self-guided noise-free data generation" (SunGen), section 3; Wang et al. 2019.
     """
-    _checks.check_range("fused_rce_loss", "-log_zero", -log_zero, 0.0)
+    check_range("fused_rce_loss", "-log_zero", -log_zero, 0.0)
     return _call(
         "fused_rce_loss", LossKind.RCE, logits, target, log_zero,
         sample_weight=sample_weight, class_weight=class_weight, ignore_index=ignore_index, reduction=reduction,
@@ -256,9 +256,9 @@ def fused_gce_loss(
 
     Source: Zhang & Sabuncu 2018, Eq. 6; truncated: Eq. 9.
     """
-    _checks.check_range("fused_gce_loss", "q", q, 0.0, 1.0)
+    check_range("fused_gce_loss", "q", q, 0.0, 1.0)
     if truncation is not None:
-        _checks.check_range("fused_gce_loss", "truncation", truncation, 0.0, 1.0)
+        check_range("fused_gce_loss", "truncation", truncation, 0.0, 1.0)
     return _call(
         "fused_gce_loss", LossKind.GCE, logits, target, q, truncation or 0.0,
         sample_weight=sample_weight, class_weight=class_weight, ignore_index=ignore_index, reduction=reduction,
@@ -295,7 +295,7 @@ def fused_sce_loss(
 
     Source: Wang et al. 2019, "Symmetric cross entropy for robust learning with noisy labels", Eq. 7.
     """
-    _checks.check_range("fused_sce_loss", "-log_zero", -log_zero, 0.0)
+    check_range("fused_sce_loss", "-log_zero", -log_zero, 0.0)
     return _call(
         "fused_sce_loss", LossKind.SCE, logits, target, alpha, beta, log_zero,
         sample_weight=sample_weight, class_weight=class_weight, ignore_index=ignore_index, reduction=reduction,
@@ -331,7 +331,7 @@ def fused_focal_loss(
 
     Source: Kuo et al. 2024, section 2.2; Lin et al. 2017, Eq. 4.
     """
-    _checks.check_range("fused_focal_loss", "gamma", gamma, 0.0)
+    check_range("fused_focal_loss", "gamma", gamma, 0.0)
     return _call(
         "fused_focal_loss", LossKind.FOCAL, logits, target, gamma, float(detach_modulation),
         sample_weight=sample_weight, class_weight=class_weight, ignore_index=ignore_index, reduction=reduction,
@@ -342,7 +342,7 @@ def fused_focal_loss(
 def _cap(name: str, max_weight: float | None) -> float:
     if max_weight is None:
         return math.inf
-    _checks.check_range(name, "max_weight", max_weight, 0.0)
+    check_range(name, "max_weight", max_weight, 0.0)
     return float(max_weight)
 
 

@@ -16,15 +16,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _native
-from ._kinds import LOG_ZERO, LossKind
+from ._kinds import LOG_ZERO, LossKind, check_range
 
 Array = NDArray[Any]
 _REDUCTIONS = ("mean", "weighted_mean", "sum", "none")
 
 
-def _floats(name: str, what: str, x: ArrayLike | None, shape: tuple[int, ...], dtype: Any) -> Array | None:
-    if x is None:
-        return None
+def _floats(name: str, what: str, x: ArrayLike, shape: tuple[int, ...], dtype: Any) -> Array:
     array = np.ascontiguousarray(x, dtype=dtype)
     if array.shape != shape:
         raise ValueError(f"{name}: {what} must have shape {shape}, got {array.shape}; pass one number a row or class")
@@ -53,6 +51,7 @@ def _call(
     target: ArrayLike,
     *,
     ratio: ArrayLike | None = None,
+    ratio_name: str = "quality",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     sample_weight: ArrayLike | None = None,
@@ -65,11 +64,16 @@ def _call(
         raise ValueError(f"{name}: reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
     z, y = _inputs(name, logits, target)
     rows, classes = z.shape
-    weight = _floats(name, "sample_weight", sample_weight, (rows,), z.dtype)
+    weight, row_ratio, weight_of_class = (
+        None if x is None else _floats(name, what, x, shape, z.dtype)
+        for what, x, shape in (
+            ("sample_weight", sample_weight, (rows,)),
+            (ratio_name, ratio, (rows,)),
+            ("class_weight", class_weight, (classes,)),
+        )
+    )
     losses, gradient, hessian, kept_weight = _native.row_loss(
-        z, y, weight, _floats(name, "the ratio's operand", ratio, (rows,), z.dtype),
-        _floats(name, "class_weight", class_weight, (classes,), z.dtype), kind, *parameters, label_smoothing, z_loss,
-        ignore_index, derivatives,
+        z, y, weight, row_ratio, weight_of_class, kind, *parameters, label_smoothing, z_loss, ignore_index, derivatives
     )
     if reduction == "none":
         return (losses, gradient, hessian) if derivatives else losses
@@ -90,6 +94,8 @@ def cross_entropy(
     logits: ArrayLike, target: ArrayLike, *, label_smoothing: float = 0.0, z_loss: float = 0.0, **common: Any
 ) -> Any:
     """``synkern.fused_cross_entropy`` on numpy arrays; see ``dimp_loss`` for the common arguments."""
+    check_range("cross_entropy", "label_smoothing", label_smoothing, 0.0, 1.0)
+    check_range("cross_entropy", "z_loss", z_loss, 0.0)
     return _call(
         "cross_entropy", LossKind.CROSS_ENTROPY, (0.0, 0.0, 0.0), logits, target, label_smoothing=label_smoothing,
         z_loss=z_loss, **common,
@@ -98,6 +104,7 @@ def cross_entropy(
 
 def rce_loss(logits: ArrayLike, target: ArrayLike, *, log_zero: float = LOG_ZERO, **common: Any) -> Any:
     """``synkern.fused_rce_loss`` on numpy arrays; see ``dimp_loss`` for the common arguments."""
+    check_range("rce_loss", "-log_zero", -log_zero, 0.0)
     return _call("rce_loss", LossKind.RCE, (log_zero, 0.0, 0.0), logits, target, **common)
 
 
@@ -110,6 +117,8 @@ def gce_loss(
     logits: ArrayLike, target: ArrayLike, *, q: float = 0.7, truncation: float | None = None, **common: Any
 ) -> Any:
     """``synkern.fused_gce_loss`` on numpy arrays; see ``dimp_loss`` for the common arguments."""
+    check_range("gce_loss", "q", q, 0.0, 1.0)
+    check_range("gce_loss", "truncation", truncation or 0.0, 0.0, 1.0)
     return _call("gce_loss", LossKind.GCE, (q, truncation or 0.0, 0.0), logits, target, **common)
 
 
@@ -123,6 +132,7 @@ def sce_loss(
     **common: Any,
 ) -> Any:
     """``synkern.fused_sce_loss`` on numpy arrays; see ``dimp_loss`` for the common arguments."""
+    check_range("sce_loss", "-log_zero", -log_zero, 0.0)
     return _call("sce_loss", LossKind.SCE, (alpha, beta, log_zero), logits, target, **common)
 
 
@@ -130,6 +140,7 @@ def focal_loss(
     logits: ArrayLike, target: ArrayLike, *, gamma: float = 2.0, detach_modulation: bool = False, **common: Any
 ) -> Any:
     """``synkern.fused_focal_loss`` on numpy arrays; see ``dimp_loss`` for the common arguments."""
+    check_range("focal_loss", "gamma", gamma, 0.0)
     return _call("focal_loss", LossKind.FOCAL, (gamma, float(detach_modulation), 0.0), logits, target, **common)
 
 
@@ -143,7 +154,13 @@ def imp_loss(
     **common: Any,
 ) -> Any:
     """``synkern.fused_imp_loss`` on numpy arrays; see ``dimp_loss`` for the common arguments."""
-    ratio = np.asarray(quality, dtype=np.float64) / np.asarray(diversity, dtype=np.float64)
+    check_range("imp_loss", "max_weight", max_weight, 0.0)
+    shape = np.shape(target)
+    top, bottom = (
+        _floats("imp_loss", what, x, shape, np.float64) for what, x in (("quality", quality), ("diversity", diversity))
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):  # a diversity of zero gives the weight inf, as in torch
+        ratio = np.divide(top, bottom)
     return _call("imp_loss", LossKind.IMP, (max_weight, 0.0, 0.0), logits, target, ratio=ratio, **common)
 
 
@@ -178,6 +195,7 @@ def dimp_loss(
 
     Source: Kuo et al. 2024, Eq. 9.
     """
+    check_range("dimp_loss", "max_weight", max_weight, 0.0)
     return _call(
         "dimp_loss", LossKind.DIMP, (max_weight, 0.0, float(detach_weight)), logits, target, ratio=quality, **common
     )

@@ -41,7 +41,8 @@ inline float load(float16 x) {
 
 inline void store(float x, float* to) { *to = x; }
 inline void store(double x, double* to) { *to = x; }
-// A NaN stays one as long as the low half of its payload is empty, which canonical() and 16-bit inputs see to.
+// A NaN stays one as long as the low half of its payload is empty, which 16-bit inputs and canonical() (for what comes
+// from float32 operands) see to.
 inline void store(float x, bfloat16* to) {
   const uint32_t bits = float_to_bits(x);
   to->bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
@@ -290,7 +291,7 @@ void write_smoothed_gradient(const T* z, int64_t classes, acc_t<T> max, acc_t<T>
   }
 #pragma omp simd
   for (int64_t j = 0; j < classes; ++j)
-    store(alpha * exp_nonpositive(acc_t<T>(load(z[j])) - max) + kappa * class_weight[j], out + j);
+    store(canonical(alpha * exp_nonpositive(acc_t<T>(load(z[j])) - max) + kappa * class_weight[j]), out + j);
 }
 
 // out = alpha e + kappa class_weight (1 where null), over a row's exponentials e; out may be e
@@ -305,7 +306,7 @@ void scale_exponentials(const acc_t<T>* e, T* out, int64_t n, acc_t<T> alpha, ac
     for (int64_t j = 0; j < n; ++j) store(alpha * e[j] + kappa, out + j);
   } else {
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) store(alpha * e[j] + kappa * class_weight[j], out + j);
+    for (int64_t j = 0; j < n; ++j) store(canonical(alpha * e[j] + kappa * class_weight[j]), out + j);
   }
 }
 
@@ -321,7 +322,7 @@ void write_hvp(const T* z, const T* v, int64_t classes, acc_t<T> max, acc_t<T> a
   }
 #pragma omp simd
   for (int64_t j = 0; j < classes; ++j)
-    store(exp_nonpositive(acc_t<T>(load(z[j])) - max) * (alpha + beta * load(v[j])) + kappa * class_weight[j], out + j);
+    store(canonical(exp_nonpositive(acc_t<T>(load(z[j])) - max) * (alpha + beta * load(v[j])) + kappa * class_weight[j]), out + j);
 }
 
 // out = p (alpha + beta p), p = e^(z - max) inverse_sum

@@ -44,6 +44,14 @@ struct NumpyProblem {
                             "); correct the label, or mark the row with ignore_index");
     statistics.resize(size_t(statistics_rows) * size_t(rows.rows) * item);
     rows.statistics = statistics.data();
+    // The reduction is numpy's: every row's own denominator is 1.
+    const int64_t first = stat_denominator * rows.rows;
+    for (int64_t i = first; i < first + rows.rows; ++i) {
+      if (item == sizeof(double))
+        static_cast<double*>(rows.statistics)[i] = 1.0;
+      else
+        static_cast<float*>(rows.statistics)[i] = 1.f;
+    }
   }
 
   static const void* data_of(const py::object& x) {

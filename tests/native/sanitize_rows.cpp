@@ -644,7 +644,7 @@ void check_output_memory() {
 int main() {
   const char *asked = std::getenv("SYNKERN_ISA"), *isa = row_kernels().isa;
   if (asked && std::strcmp(asked, isa)) {
-    std::printf("this processor runs %s, not %s\n", isa, asked);
+    std::printf("%s is not to be had on this processor; it got %s\n", asked, isa);
     return exit_other_isa;
   }
   check_dtype<Float32>();
