@@ -22,6 +22,7 @@ from ._schema import DENOMINATOR_ROW, MEAN, NONE, RATIO_ROW, LossKind, accumulat
 
 _C = torch._C
 _ops = torch.ops.synkern
+_loss_and_gradient = _ops.row_loss_and_gradient.default  # looked up once: it is called in every training step
 
 try:
     from torch._C._functorch import TransformType as _TransformType
@@ -430,7 +431,7 @@ class _PlainRowLoss(_SingleLevelFunction):
             if ctx.options[-1] == NONE or not ctx.needs_input_grad[0] or not logits.is_cpu:
                 loss, statistics = _ops.row_loss.default(*arguments)
             else:
-                loss, statistics, *ctx.gradients = _ops.row_loss_and_gradient.default(*arguments)
+                loss, statistics, *ctx.gradients = _loss_and_gradient(*arguments)
         ctx.save_for_backward(logits, target, weight, ratio, class_weight, statistics)
         return loss
 
@@ -439,16 +440,16 @@ class _PlainRowLoss(_SingleLevelFunction):
         if torch.is_grad_enabled() or not ctx.needs_input_grad[0] or _transformed() or _is_batched(grad):
             grads = _RowLoss.backward(ctx, grad)
             return grads[0], grads[2], None
-        saved = ctx.saved_tensors
         # Handed over, not shared: a leaf then keeps the array as its .grad. A second backward makes it again.
         gradients, ctx.gradients = ctx.gradients, None
-        with _below_autograd():
-            if gradients is None:
-                gradients = _ops.row_loss_backward.default(grad, *saved, *ctx.options)
-            elif type(grad) is not Tensor or grad.item() != 1.0:  # reading a CPU number waits for nobody
-                _ops.row_loss_rescale.default(grad, *gradients, *saved, *ctx.options[:-1])
+        if gradients is None or type(grad) is not Tensor or grad.item() != 1.0:  # reading a CPU number waits for nobody
+            with _below_autograd():
+                if gradients is None:
+                    gradients = _ops.row_loss_backward.default(grad, *ctx.saved_tensors, *ctx.options)
+                else:
+                    _ops.row_loss_rescale.default(grad, *gradients, *ctx.saved_tensors, *ctx.options[:-1])
         grad_logits, grad_weight = gradients
-        return grad_logits, None if saved[2] is None else grad_weight, None
+        return grad_logits, grad_weight if ctx.needs_input_grad[1] else None, None
 
 
 def row_loss(
