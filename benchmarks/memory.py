@@ -7,6 +7,8 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
+from synkern import empty_cache
+
 from .cases import Case, make_problem
 from .devices import DEVICES
 from .peers import PEERS
@@ -30,4 +32,5 @@ def _measure(case: Case, peer: str, device: str, threads: int) -> int:
     for _ in range(2):  # loads and compiles what the call needs
         call()
     problem.logits.grad = None
+    empty_cache()  # a gradient's memory kept from the calls above counts
     return DEVICES[device].peak_extra_bytes(call)

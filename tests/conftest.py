@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT.parent / "shared" / "data"
+from paths import DATA
 
 # Derandomised, so that a run of the suite is a statement about the code and not about the draw.
 settings.register_profile(

@@ -11,6 +11,9 @@ import torch
 from cases import Case, cases, make_inputs
 from torch import Tensor
 
+from synkern import fused_dimp_loss
+from synkern.reference import dimp_loss
+
 DEFAULTS = cases(variants=False)
 ALL = cases()
 
@@ -223,3 +226,15 @@ def test_gradients_that_are_kept_stay_what_they_are(case: Case, n: int) -> None:
     for gradient, copy in kept:
         assert not gradient.isnan().any()
         assert torch.equal(gradient, copy)
+
+
+@pytest.mark.parametrize("classes", [20011, 32000])
+def test_a_gradient_that_outgrows_the_caches(classes: int) -> None:
+    """It is written past them, by another loop: rows that start anywhere, every element, the target's column."""
+    rows = (24 << 20) // (4 * classes)
+    logits = torch.randn(rows, classes, requires_grad=True)
+    target, quality = torch.randint(0, classes, (rows,)), torch.rand(rows) + 0.1
+    fused_dimp_loss(logits, target, quality).backward()
+    wide = logits.detach().double().requires_grad_()
+    dimp_loss(wide, target, quality.double()).mean().backward()
+    torch.testing.assert_close(logits.grad.double(), wide.grad, rtol=2e-5, atol=1e-12)

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 OTHER_INSTRUCTION_SET = 77  # exit status of a program that cannot run as asked
 

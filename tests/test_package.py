@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from cases import cases
-from conftest import ROOT
+from paths import ROOT
 
 import synkern
 from synkern.registry import LOSSES
