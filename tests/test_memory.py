@@ -230,7 +230,7 @@ def test_gradients_that_are_kept_stay_what_they_are(case: Case, n: int) -> None:
 
 @pytest.mark.parametrize("classes", [20011, 32000])
 def test_a_gradient_that_outgrows_the_caches(classes: int) -> None:
-    """It is written past them, by another loop: rows that start anywhere, every element, the target's column."""
+    """It lies in the block that is kept between calls: rows that start anywhere, every element, the target's column."""
     rows = (24 << 20) // (4 * classes)
     logits = torch.randn(rows, classes, requires_grad=True)
     target, quality = torch.randint(0, classes, (rows,)), torch.rand(rows) + 0.1

@@ -2,7 +2,6 @@
 #include "core/rows.h"
 
 #include <cstdlib>
-#include <type_traits>
 
 #include "core/vector_loops.h"
 
@@ -178,26 +177,9 @@ void backward(const Rows& r, const void* grad, double scale, void* gradient, voi
 // More blocks than any vocabulary has; a longer row takes its exponentials twice.
 constexpr int64_t most_blocks = 256;
 
-// Gradients from here on outgrow the caches.
-constexpr int64_t streamed_bytes = 16 << 20;
-
-template <typename T>
-bool streamed(const Rows& r) {
-  return sizeof(T) == sizeof(float) && r.rows * r.classes * int64_t(sizeof(T)) >= streamed_bytes;
-}
-
-template <typename T>
-void scale_block(const Rows& r, const acc_t<T>* e, T* out, int64_t n, acc_t<T> alpha, acc_t<T> kappa,
-                 const acc_t<T>* class_weight) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (kappa == 0.f && streamed<T>(r)) return stream_scaled(e, out, n, alpha);
-  }
-  scale_exponentials(e, out, n, alpha, kappa, class_weight);
-}
-
 // A row's statistics and gradient from one exponential an element: taken from the maximum so far, kept in `e`, and
-// scaled to the final maximum once the loss is known. e is the output itself where that has the accumulation type and
-// stays in cache, else one row of scratch: 16-bit outputs would be rounded twice, and streamed ones read back.
+// scaled to the final maximum once the loss is known. e is the output itself where that has the accumulation type, and
+// one row of scratch for 16-bit outputs, which would be rounded twice.
 template <typename T>
 RowContext forward_backward_row(const Rows& r, int64_t i, int64_t target, double scale, acc_t<T>* e, T* out) {
   using A = acc_t<T>;
@@ -218,11 +200,10 @@ RowContext forward_backward_row(const Rows& r, int64_t i, int64_t target, double
   const double alpha = coefficient * (c.slope_lse - c.slope_t) * c.inverse_sum, kappa = coefficient * c.kappa;
   for (int64_t start = 0; start < r.classes; start += block_classes) {
     const double shift = double(maxima[start / block_classes]) - s.max;
-    scale_block<T>(r, e + start, out + start, r.classes - start < block_classes ? r.classes - start : block_classes,
-                   canonical(A(shift == 0.0 ? alpha : alpha * std::exp(shift))), canonical(A(kappa)),
-                   class_weight ? class_weight + start : nullptr);
+    scale_exponentials(e + start, out + start, r.classes - start < block_classes ? r.classes - start : block_classes,
+                       canonical(A(shift == 0.0 ? alpha : alpha * std::exp(shift))), canonical(A(kappa)),
+                       class_weight ? class_weight + start : nullptr);
   }
-  stream_fence();
   store(target_gradient<A>(r, c, coefficient), out + target);
   return c;
 }
@@ -242,22 +223,21 @@ template <typename T>
 class Exponentials {
  public:
   using A = acc_t<T>;
-  explicit Exponentials(const Rows& r)
-      : possible_(r.classes <= most_blocks * block_classes), separate_(sizeof(T) != sizeof(A) || streamed<T>(r)) {
-    if (possible_ && separate_) scratch_ = static_cast<A*>(std::malloc(size_t(r.classes) * sizeof(A)));
+  explicit Exponentials(int64_t classes) : possible_(classes <= most_blocks * block_classes) {
+    if (possible_ && sizeof(T) != sizeof(A)) scratch_ = static_cast<A*>(std::malloc(size_t(classes) * sizeof(A)));
   }
   ~Exponentials() { std::free(scratch_); }
   Exponentials(const Exponentials&) = delete;
   Exponentials& operator=(const Exponentials&) = delete;
   A* for_output(T* out) const {
-    if constexpr (std::is_same_v<T, A>) {
-      if (!separate_) return possible_ ? out : nullptr;
-    }
-    return scratch_;
+    if constexpr (sizeof(T) == sizeof(A))
+      return possible_ ? out : nullptr;
+    else
+      return scratch_;
   }
 
  private:
-  bool possible_, separate_;
+  bool possible_;
   A* scratch_ = nullptr;
 };
 
@@ -266,7 +246,7 @@ void forward_backward(const Rows& r, double scale, void* loss_, void* gradient_,
                       int64_t end) {
   using A = acc_t<T>;
   A *loss = static_cast<A*>(loss_), *grad_weight = static_cast<A*>(grad_weight_);
-  const Exponentials<T> exponentials(r);
+  const Exponentials<T> exponentials(r.classes);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t target = target_at(r, i);
     T* out = static_cast<T*>(gradient_) + i * r.classes;

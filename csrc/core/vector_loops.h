@@ -6,10 +6,6 @@
 #include <cstring>
 #include <limits>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 namespace synkern {
 namespace {
 
@@ -312,23 +308,6 @@ void scale_exponentials(const acc_t<T>* e, T* out, int64_t n, acc_t<T> alpha, ac
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) store(canonical(alpha * e[j] + kappa * class_weight[j]), out + j);
   }
-}
-
-// out = alpha e past the caches: a gradient that outgrows them is not read again before it would be evicted, and an
-// ordinary store reads the line it is about to overwrite. The caller fences.
-inline void stream_scaled(const float* e, float* out, int64_t n, float alpha) {
-  int64_t j = 0;
-#if defined(__AVX2__)
-  for (; j < n && reinterpret_cast<uintptr_t>(out + j) % 32 != 0; ++j) out[j] = alpha * e[j];
-  const __m256 factor = _mm256_set1_ps(alpha);
-  for (; j + 8 <= n; j += 8) _mm256_stream_ps(out + j, _mm256_mul_ps(factor, _mm256_loadu_ps(e + j)));
-#endif
-  for (; j < n; ++j) out[j] = alpha * e[j];
-}
-inline void stream_fence() {
-#if defined(__AVX2__)
-  _mm_sfence();
-#endif
 }
 
 // out = e^(z - max) (alpha + beta v) + kappa class_weight (1 where null)
