@@ -161,7 +161,7 @@ class _RowLoss(_SingleLevelFunction):
             options, reduction = ctx.options[:-1], ctx.options[-1]
             losses = _ops.row_loss.default(logits, target, None, ratio, class_weight, *options, NONE)[0]
             return None, None, _per_row(grad, statistics, reduction) * losses, *padding
-        grad_logits, grad_weight = _ops.row_loss_backward.default(grad, *saved, *ctx.options)
+        grad_logits, grad_weight = _ops.row_loss_backward.default(grad, *ctx.saved_tensors, *ctx.options)
         return grad_logits, None, None if weight is None else grad_weight, *padding
 
     @staticmethod
@@ -446,7 +446,7 @@ class _PlainRowLoss(_SingleLevelFunction):
         if gradients is None or type(grad) is not Tensor or grad.item() != 1.0:  # reading a CPU number waits for nobody
             with _below_autograd():
                 if gradients is None:
-                    gradients = _ops.row_loss_backward.default(grad, *ctx.saved_tensors, *ctx.options)
+                    gradients = _ops.row_loss_backward.default(grad, *saved, *ctx.options)
                 else:
                     _ops.row_loss_rescale.default(grad, *gradients, *saved, *ctx.options[:-1])
         grad_logits, grad_weight = gradients
