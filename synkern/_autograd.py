@@ -417,8 +417,8 @@ def _transformed() -> bool:
 class _PlainRowLoss(_SingleLevelFunction):
     """``_RowLoss`` for a training step: reverse mode alone, and the loss as the only output.
 
-    On the CPU a reduced loss takes its gradient in the forward pass, where the logits are in cache: they are
-    read once and one exponential an element is taken instead of two. The peak is the same, one (N, C) array beside the logits.
+    On the CPU a reduced loss takes its gradient in the forward pass, where the logits are in cache: they are read once
+    and one exponential an element is taken instead of two. The peak is the same, one (N, C) array beside the logits.
     Only what is differentiated is an argument of its own: every other one costs the engine half a microsecond.
     """
 
