@@ -2,16 +2,26 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "core/contraction.h"
 #include "core/rows.h"
 
 namespace synkern {
 
 extern const RowKernels row_kernels_baseline;
+extern const ContractionKernels contraction_kernels_baseline;
 #if defined(SYNKERN_X86)
 extern const RowKernels row_kernels_avx2, row_kernels_avx512;
+extern const ContractionKernels contraction_kernels_avx2, contraction_kernels_avx512;
 #endif
 
-static const RowKernels& pick() {
+namespace {
+
+struct Kernels {
+  const RowKernels& rows;
+  const ContractionKernels& contraction;
+};
+
+Kernels pick() {
   const char* asked = std::getenv("SYNKERN_ISA");
   const auto wanted = [&](const char* name) { return !asked || !std::strcmp(asked, name); };
 #if defined(SYNKERN_X86)
@@ -19,17 +29,22 @@ static const RowKernels& pick() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && wanted("avx512")) return row_kernels_avx512;
-  if (avx2 && wanted("avx2")) return row_kernels_avx2;
+  if (avx512 && wanted("avx512")) return {row_kernels_avx512, contraction_kernels_avx512};
+  if (avx2 && wanted("avx2")) return {row_kernels_avx2, contraction_kernels_avx2};
 #endif
   (void)wanted;
-  return row_kernels_baseline;
+  return {row_kernels_baseline, contraction_kernels_baseline};
 }
 
-const RowKernels& row_kernels() {
-  static const RowKernels& kernels = pick();
-  return kernels;
+const Kernels& kernels() {
+  static const Kernels picked = pick();
+  return picked;
 }
+
+}  // namespace
+
+const RowKernels& row_kernels() { return kernels().rows; }
+const ContractionKernels& contraction_kernels() { return kernels().contraction; }
 
 int64_t first_bad_target(const Rows& rows) {
   for (int64_t i = 0; i < rows.rows; ++i) {

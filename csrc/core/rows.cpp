@@ -3,12 +3,8 @@
 
 #include <cstdlib>
 
+#include "core/isa.h"
 #include "core/vector_loops.h"
-
-#define SYNKERN_CONCAT_(a, b) a##b
-#define SYNKERN_CONCAT(a, b) SYNKERN_CONCAT_(a, b)
-#define SYNKERN_STRING_(a) #a
-#define SYNKERN_STRING(a) SYNKERN_STRING_(a)
 
 namespace synkern {
 namespace {
@@ -359,41 +355,29 @@ void hessian_diagonal(const Rows& r, void* out_, int64_t begin, int64_t end) {
   }
 }
 
-#define SYNKERN_BY_DTYPE(function, ...)      \
-  switch (r.dtype) {                         \
-    case DType::float32:                     \
-      return function<float>(__VA_ARGS__);   \
-    case DType::float64:                     \
-      return function<double>(__VA_ARGS__);  \
-    case DType::bfloat16:                    \
-      return function<bfloat16>(__VA_ARGS__); \
-    case DType::float16:                     \
-      return function<float16>(__VA_ARGS__); \
-  }
-
-void forward_any(const Rows& r, void* loss, int64_t b, int64_t e) { SYNKERN_BY_DTYPE(forward, r, loss, b, e) }
+void forward_any(const Rows& r, void* loss, int64_t b, int64_t e) { SYNKERN_BY_DTYPE(r.dtype, forward, r, loss, b, e) }
 void backward_any(const Rows& r, const void* grad, double scale, void* gradient, void* grad_weight, int64_t b,
                   int64_t e) {
-  SYNKERN_BY_DTYPE(backward, r, grad, scale, gradient, grad_weight, b, e)
+  SYNKERN_BY_DTYPE(r.dtype, backward, r, grad, scale, gradient, grad_weight, b, e)
 }
 void forward_backward_any(const Rows& r, double scale, void* loss, void* gradient, void* grad_weight, int64_t b,
                           int64_t e) {
-  SYNKERN_BY_DTYPE(forward_backward, r, scale, loss, gradient, grad_weight, b, e)
+  SYNKERN_BY_DTYPE(r.dtype, forward_backward, r, scale, loss, gradient, grad_weight, b, e)
 }
 void tangent_any(const Rows& r, const void* v, int64_t v_stride, const void* coefficient, void* directional, int64_t b,
                  int64_t e) {
-  SYNKERN_BY_DTYPE(tangent, r, v, v_stride, coefficient, directional, b, e)
+  SYNKERN_BY_DTYPE(r.dtype, tangent, r, v, v_stride, coefficient, directional, b, e)
 }
 void hvp_any(const Rows& r, const void* v, int64_t v_stride, const void* coefficient, const void* extra, void* out,
              void* directional, int64_t b, int64_t e) {
-  SYNKERN_BY_DTYPE(hvp, r, v, v_stride, coefficient, extra, out, directional, b, e)
+  SYNKERN_BY_DTYPE(r.dtype, hvp, r, v, v_stride, coefficient, extra, out, directional, b, e)
 }
 void scale_float32(void* x, double scale, int64_t begin, int64_t end) {
   float* values = static_cast<float*>(x) + begin;
   scale_exponentials(values, values, end - begin, float(scale), 0.f, static_cast<const float*>(nullptr));
 }
 void hessian_diagonal_any(const Rows& r, void* out, int64_t b, int64_t e) {
-  SYNKERN_BY_DTYPE(hessian_diagonal, r, out, b, e)
+  SYNKERN_BY_DTYPE(r.dtype, hessian_diagonal, r, out, b, e)
 }
 
 }  // namespace

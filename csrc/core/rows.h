@@ -2,11 +2,11 @@
 #pragma once
 #include <cstdint>
 
+#include "core/dtype.h"
 #include "losses/losses.h"
 
 namespace synkern {
 
-enum class DType : int { float32, float64, bfloat16, float16 };
 enum class IndexType : int { int64, int32, int16, uint8 };
 
 // What every kernel reads. `weight`, `ratio`, `class_weight`, `statistics` hold double where logits are float64,

@@ -1,19 +1,11 @@
 // Operator schemas, argument checks and the CPU launchers, on LibTorch's stable ABI.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <initializer_list>
-#include <optional>
 #include <tuple>
 
 #include "core/output_memory.h"
 #include "core/rows.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
+#include "torch/tensors.h"
 
 namespace synkern {
 namespace {
@@ -25,22 +17,6 @@ struct Options {
   double p0, p1, p2, label_smoothing, z_loss;
   int64_t ignore_index;
 };
-
-DType dtype_of(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return DType::float32;
-    case ScalarType::Double:
-      return DType::float64;
-    case ScalarType::BFloat16:
-      return DType::bfloat16;
-    case ScalarType::Half:
-      return DType::float16;
-    default:
-      STD_TORCH_CHECK(false, "synkern::row_loss: logits must be float32, float64, bfloat16 or float16");
-  }
-  return DType::float32;
-}
 
 IndexType index_type_of(const Tensor& target) {
   switch (target.scalar_type()) {
@@ -57,54 +33,6 @@ IndexType index_type_of(const Tensor& target) {
   }
   return IndexType::int64;
 }
-
-// torch::stable::new_empty looks its operator up by name at every call, which is most of a small batch's time; the C
-// function beneath allocates at once.
-Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  int64_t strides[2] = {1, 1};
-  if (sizes.size() == 2) strides[0] = sizes.begin()[1] > 0 ? sizes.begin()[1] : 1;
-  int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.begin(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      device_type, like.get_device_index(), &handle));
-  return Tensor(handle);
-}
-
-ScalarType accumulate_type(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// A matrix whose rows have unit inner stride is read where it lies; any other layout is copied once.
-struct Matrix {
-  Tensor tensor;
-  int64_t stride;
-};
-
-Matrix matrix(const Tensor& x) {
-  const bool in_place = x.size(1) <= 1 || x.stride(1) == 1;
-  Tensor rows = in_place ? x : torch::stable::contiguous(x);
-  const int64_t stride = rows.stride(0);
-  return {std::move(rows), stride};
-}
-
-// Saves a dispatcher call, of which a small batch has few to spare.
-Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
-// A vector operand: checked, contiguous, in the accumulation type.
-Tensor vector(const Tensor& x, const char* name, int64_t size, ScalarType type) {
-  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == size, "synkern::row_loss: ", name, " must have shape (", size, ",)");
-  STD_TORCH_CHECK(x.scalar_type() == type, "synkern::row_loss: ", name,
-                  " must be float64 for float64 logits and float32 otherwise");
-  return as_contiguous(x);
-}
-
-MaybeTensor vector(const MaybeTensor& x, const char* name, int64_t size, ScalarType type) {
-  return x.has_value() ? MaybeTensor(vector(*x, name, size, type)) : std::nullopt;
-}
-
-const void* data_of(const MaybeTensor& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
 
 // In row order, in double: the same bits whatever the number of threads.
 double ordered_sum(const void* x, int64_t n, ScalarType type) {
@@ -149,7 +77,7 @@ struct Problem {
                     "synkern::row_loss: loss must be a LossKind, got ", options.loss);
     rows.logits = logits.tensor.const_data_ptr();
     rows.logits_stride = logits.stride;
-    rows.dtype = dtype_of(logits.tensor);
+    rows.dtype = dtype_of(logits.tensor, "logits");
     rows.target = target.const_data_ptr();
     rows.target_type = index_type_of(target);
     rows.rows = logits_.size(0);
