@@ -131,7 +131,10 @@ def test_same_bits_for_any_number_of_threads() -> None:
             ),
             "same shape",
         ),
-        (lambda: OPS.linear_contraction(torch.ones(4, 3).int(), torch.ones(4, 2), torch.ones(2, 3), None, None, 1), "dtype of b"),
+        (
+            lambda: OPS.linear_contraction(torch.ones(4, 3).int(), torch.ones(4, 2), torch.ones(2, 3), None, None, 1),
+            "dtype of b",
+        ),
     ],
 )
 def test_operands_that_do_not_fit_are_refused(call, message: str) -> None:

@@ -3,15 +3,18 @@
 #include <cstring>
 
 #include "core/contraction.h"
+#include "core/lstm.h"
 #include "core/rows.h"
 
 namespace synkern {
 
 extern const RowKernels row_kernels_baseline;
 extern const ContractionKernels contraction_kernels_baseline;
+extern const LSTMKernels lstm_kernels_baseline;
 #if defined(SYNKERN_X86)
 extern const RowKernels row_kernels_avx2, row_kernels_avx512;
 extern const ContractionKernels contraction_kernels_avx2, contraction_kernels_avx512;
+extern const LSTMKernels lstm_kernels_avx2, lstm_kernels_avx512;
 #endif
 
 namespace {
@@ -19,6 +22,7 @@ namespace {
 struct Kernels {
   const RowKernels& rows;
   const ContractionKernels& contraction;
+  const LSTMKernels& lstm;
 };
 
 Kernels pick() {
@@ -29,11 +33,11 @@ Kernels pick() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && wanted("avx512")) return {row_kernels_avx512, contraction_kernels_avx512};
-  if (avx2 && wanted("avx2")) return {row_kernels_avx2, contraction_kernels_avx2};
+  if (avx512 && wanted("avx512")) return {row_kernels_avx512, contraction_kernels_avx512, lstm_kernels_avx512};
+  if (avx2 && wanted("avx2")) return {row_kernels_avx2, contraction_kernels_avx2, lstm_kernels_avx2};
 #endif
   (void)wanted;
-  return {row_kernels_baseline, contraction_kernels_baseline};
+  return {row_kernels_baseline, contraction_kernels_baseline, lstm_kernels_baseline};
 }
 
 const Kernels& kernels() {
@@ -45,6 +49,7 @@ const Kernels& kernels() {
 
 const RowKernels& row_kernels() { return kernels().rows; }
 const ContractionKernels& contraction_kernels() { return kernels().contraction; }
+const LSTMKernels& lstm_kernels() { return kernels().lstm; }
 
 int64_t first_bad_target(const Rows& rows) {
   for (int64_t i = 0; i < rows.rows; ++i) {

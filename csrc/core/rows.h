@@ -3,11 +3,14 @@
 #include <cstdint>
 
 #include "core/dtype.h"
-#include "losses/losses.h"
+#include "losses/row_terms.h"
 
 namespace synkern {
 
 enum class IndexType : int { int64, int32, int16, uint8 };
+
+// What the rows' losses become: numbers of the operator schema.
+enum class Reduction : int64_t { none = 0, sum = 1, mean = 2 };
 
 // What every kernel reads. `weight`, `ratio`, `class_weight`, `statistics` hold double where logits are float64,
 // float otherwise; the first three may be null.
@@ -80,6 +83,25 @@ SYNKERN_INLINE int64_t target_at(const Rows& rows, int64_t row) {
     default:
       return static_cast<const int64_t*>(rows.target)[row];
   }
+}
+// values[i], of type A; `otherwise` where there are none
+template <typename A>
+SYNKERN_INLINE double at_or(const void* values, int64_t i, double otherwise) {
+  return values ? double(static_cast<const A*>(values)[i]) : otherwise;
+}
+template <typename A>
+SYNKERN_INLINE void save_statistics(const Rows& rows, int64_t row, const RowStatistics& s, double ratio) {
+  A* statistics = static_cast<A*>(rows.statistics) + row;
+  statistics[stat_max * rows.rows] = A(s.max);
+  statistics[stat_rest * rows.rows] = A(s.rest);
+  statistics[stat_centered_logit * rows.rows] = A(s.centered);
+  statistics[stat_ratio * rows.rows] = A(ratio);
+}
+template <typename A>
+SYNKERN_INLINE RowStatistics saved_statistics(const Rows& rows, int64_t row) {
+  const A* statistics = static_cast<const A*>(rows.statistics) + row;
+  return {double(statistics[stat_max * rows.rows]), double(statistics[stat_rest * rows.rows]),
+          double(statistics[stat_centered_logit * rows.rows])};
 }
 // First row in [0, rows) whose target is neither in [0, classes) nor ignore_index; -1 if there is none.
 int64_t first_bad_target(const Rows& rows);

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <limits>
 
+#include "losses/row_terms.h"
+
 namespace synkern {
 namespace {
 
@@ -55,12 +57,6 @@ inline void store(float x, float16* to) {
   uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
   result = magnitude >= 0x47800000u ? (magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u) : result;
   to->bits = uint16_t(sign | result);
-}
-
-// The number, or the quiet NaN without a payload.
-template <typename A>
-A canonical(A x) {
-  return x == x ? x : std::numeric_limits<A>::quiet_NaN();
 }
 
 // e^x for x <= 0 (a row minus its maximum), relative error 1e-7, in 13 instructions: the loops below are bound by them.
@@ -116,10 +112,6 @@ BlockMax<T> block_max(const T* z, int64_t n) {
   }
   return {m, nan != 0};
 }
-
-struct RowStatistics {
-  double max, rest, centered;  // rest: sum of e^(z - max) without one occurrence of max; centered: sum cw (z - max)
-};
 
 // Keeps the exponentials of a row for its gradient, or nothing.
 struct Discard {

@@ -4,35 +4,10 @@
 #include <tuple>
 
 #include "core/output_memory.h"
-#include "core/rows.h"
-#include "torch/tensors.h"
+#include "torch/operands.h"
 
 namespace synkern {
 namespace {
-
-enum class Reduction : int64_t { none = 0, sum = 1, mean = 2 };
-
-struct Options {
-  int64_t loss;
-  double p0, p1, p2, label_smoothing, z_loss;
-  int64_t ignore_index;
-};
-
-IndexType index_type_of(const Tensor& target) {
-  switch (target.scalar_type()) {
-    case ScalarType::Long:
-      return IndexType::int64;
-    case ScalarType::Int:
-      return IndexType::int32;
-    case ScalarType::Short:
-      return IndexType::int16;
-    case ScalarType::Byte:
-      return IndexType::uint8;
-    default:
-      STD_TORCH_CHECK(false, "synkern::row_loss: target must be int64, int32, int16 or uint8");
-  }
-  return IndexType::int64;
-}
 
 // In row order, in double: the same bits whatever the number of threads.
 double ordered_sum(const void* x, int64_t n, ScalarType type) {
@@ -55,47 +30,12 @@ void fill(const Tensor& x, int64_t begin, int64_t n, double value) {
   }
 }
 
-// The operands of one call, kept alive while the kernels hold pointers into them.
-struct Problem {
-  Matrix logits;
-  Tensor target;
-  MaybeTensor weight, ratio, class_weight;
-  Tensor statistics;
-  Rows rows;
-
+struct Problem : Operands {
   Problem(const Tensor& logits_, const Tensor& target_, const MaybeTensor& weight_, const MaybeTensor& ratio_,
           const MaybeTensor& class_weight_, const Tensor* statistics_, const Options& options)
-      : logits((check_shapes(logits_, target_), matrix(logits_))),
-        target(as_contiguous(target_)),
-        weight(vector(weight_, "weight", logits_.size(0), accumulate_type(logits_))),
-        ratio(vector(ratio_, "ratio", logits_.size(0), accumulate_type(logits_))),
-        class_weight(vector(class_weight_, "class_weight", logits_.size(1), accumulate_type(logits_))),
-        statistics(statistics_ ? as_contiguous(*statistics_)
-                               : new_tensor(logits_, {int64_t(statistics_rows), logits_.size(0)},
-                                            accumulate_type(logits_))) {
-    STD_TORCH_CHECK(options.loss >= 0 && options.loss < int64_t(LossKind::count),
-                    "synkern::row_loss: loss must be a LossKind, got ", options.loss);
-    rows.logits = logits.tensor.const_data_ptr();
-    rows.logits_stride = logits.stride;
-    rows.dtype = dtype_of(logits.tensor, "logits");
-    rows.target = target.const_data_ptr();
-    rows.target_type = index_type_of(target);
-    rows.rows = logits_.size(0);
-    rows.classes = logits_.size(1);
-    rows.ignore_index = options.ignore_index;
-    rows.weight = data_of(weight);
-    rows.ratio = data_of(ratio);
-    rows.class_weight = data_of(class_weight);
-    rows.class_weight_sum = double(rows.classes);
+      : Operands(logits_, target_, weight_, ratio_, class_weight_, statistics_, options) {
     if (options.label_smoothing != 0.0 && class_weight.has_value())
       rows.class_weight_sum = ordered_sum(rows.class_weight, rows.classes, accumulate());
-    rows.loss = {LossKind(options.loss), options.p0, options.p1, options.p2, options.label_smoothing, options.z_loss};
-    rows.statistics = statistics.mutable_data_ptr();
-  }
-
-  static void check_shapes(const Tensor& logits, const Tensor& target) {
-    STD_TORCH_CHECK(logits.dim() == 2 && target.dim() == 1 && target.size(0) == logits.size(0),
-                    "synkern::row_loss: expected logits (N, C) and target (N,)");
   }
 
   void check_targets() const {
@@ -103,18 +43,6 @@ struct Problem {
     STD_TORCH_CHECK(bad < 0, "synkern: target[", bad, "] is ", target_at(rows, bad), ", expected a class in [0, ",
                     rows.classes, ") or ignore_index (", rows.ignore_index,
                     "); correct the label, or mark the row with ignore_index");
-  }
-
-  ScalarType accumulate() const { return accumulate_type(logits.tensor); }
-
-  Tensor new_vector() const { return new_tensor(logits.tensor, {rows.rows}, accumulate()); }
-
-  // Empty where there is no weight.
-  Tensor new_grad_weight() const {
-    return new_tensor(logits.tensor, {weight.has_value() ? rows.rows : 0}, accumulate());
-  }
-  void* grad_weight_data(const Tensor& grad_weight) const {
-    return weight.has_value() ? grad_weight.mutable_data_ptr() : nullptr;
   }
 
   // What the reduction divides by, also written to every row of the statistics.
@@ -257,19 +185,12 @@ std::tuple<Tensor, Tensor> row_loss_backward(const Tensor& grad, const Tensor& l
   return {gradient, grad_weight};
 }
 
-Matrix direction_matrix(const Tensor& v, const Problem& problem) {
-  STD_TORCH_CHECK(v.dim() == 2 && v.size(0) == problem.rows.rows && v.size(1) == problem.rows.classes &&
-                      v.scalar_type() == problem.logits.tensor.scalar_type(),
-                  "synkern::row_loss: the direction must have the shape and dtype of logits");
-  return matrix(v);
-}
-
 Tensor row_loss_tangent(const Tensor& v, MaybeTensor coefficient, const Tensor& logits, const Tensor& target,
                         MaybeTensor ratio, MaybeTensor class_weight, const Tensor& statistics, int64_t loss, double p0,
                         double p1, double p2, double label_smoothing, double z_loss, int64_t ignore_index) {
   Problem problem(logits, target, std::nullopt, ratio, class_weight, &statistics,
                   {loss, p0, p1, p2, label_smoothing, z_loss, ignore_index});
-  const Matrix direction = direction_matrix(v, problem);
+  const Matrix direction = problem.direction(v);
   const MaybeTensor k = vector(coefficient, "coefficient", problem.rows.rows, problem.accumulate());
   Tensor result = problem.new_vector();
   void* out = result.mutable_data_ptr();
@@ -287,7 +208,7 @@ std::tuple<Tensor, Tensor> row_loss_hvp(const Tensor& v, const Tensor& coefficie
                                         int64_t ignore_index) {
   Problem problem(logits, target, std::nullopt, ratio, class_weight, &statistics,
                   {loss, p0, p1, p2, label_smoothing, z_loss, ignore_index});
-  const Matrix direction = direction_matrix(v, problem);
+  const Matrix direction = problem.direction(v);
   const Tensor k = vector(coefficient, "coefficient", problem.rows.rows, problem.accumulate());
   const MaybeTensor e = vector(extra, "extra", problem.rows.rows, problem.accumulate());
   Tensor result = problem.new_matrix(), directional = problem.new_vector();

@@ -18,6 +18,7 @@
 #include "core/rows.h"
 #include "native/checking.h"
 #include "native/sanitize_contraction.h"
+#include "native/sanitize_lstm.h"
 
 namespace {
 
@@ -571,6 +572,7 @@ int main() {
   check_targets();
   check_output_memory();
   check_contraction();
+  check_lstm();
   std::printf("%s: %lld problems, %lld failed checks\n", isa, static_cast<long long>(problems),
               static_cast<long long>(failures));
   return failures ? 1 : 0;
