@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from synkern.registry import LOSSES
 
-from .cases import DEFAULT_DTYPES, DEFAULT_MODES, DTYPES, MODES, SIZES, SMOKE_SIZES, cases
+from . import contraction
+from .cases import DEFAULT_DTYPES, DEFAULT_MODES, DEVICE_SIZES, DTYPES, MODES, SMOKE_SIZES, cases
 from .checks import WrongResult
 from .devices import DEVICES
 from .peers import PEERS
@@ -42,7 +43,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def main(
     loss: Annotated[list[str] | None, typer.Option(help="A loss, or all; repeatable. Default: dimp.")] = None,
-    size: Annotated[list[str] | None, typer.Option(help="Rows x classes; repeatable. Default: five sizes.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="Rows x classes; repeatable. Default: by device.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: float32, bfloat16.")] = None,
     mode: Annotated[
         list[str] | None, typer.Option(help="train, forward, tangent, hvp or all; repeatable. Default: train, tangent.")
@@ -60,10 +61,12 @@ def main(
     """Time losses and their derivatives beside what a user would write otherwise."""
     if device not in DEVICES:
         raise typer.BadParameter(f"unknown device {device!r}; choose from {', '.join(DEVICES)}")
+    if (reason := DEVICES[device].missing()) is not None:
+        raise typer.BadParameter(f"nothing to measure on {device!r}: {reason}")
     losses = _known("loss", loss or ["dimp"], LOSSES)
-    sizes = tuple(map(_size, size)) if size else (SMOKE_SIZES if smoke else SIZES)
+    sizes = tuple(map(_size, size)) if size else (SMOKE_SIZES if smoke else DEVICE_SIZES[device])
     dtypes = _known("dtype", dtype or list(DEFAULT_DTYPES), DTYPES)
-    modes = _known("mode", mode or (list(MODES) if smoke else list(DEFAULT_MODES)), MODES)
+    modes = _known("mode", mode or list(MODES if smoke or device != "cpu" else DEFAULT_MODES), MODES)
     peers = _known("peer", peer or ["all"], PEERS)
     plan = SMOKE_PLAN if smoke else Plan(seconds=seconds)
     chosen = cases(losses, sizes, dtypes, modes, variants)
@@ -74,7 +77,10 @@ def main(
         raise typer.Exit(1) from error
     folder = out or (SMOKE_RESULTS if smoke else RESULTS)
     tqdm.write(as_text(report))
-    for path in save(report, folder, name or f"{device}-{'-'.join(loss or losses)}"):
+    saved = save(report, folder, name or f"{device}-{'-'.join(loss or losses)}")
+    if device != "cpu" and not size:
+        saved += contraction.run(device, report.environment, plan, folder, smoke)
+    for path in saved:
         typer.echo(f"saved {path}")
 
 

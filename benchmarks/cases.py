@@ -13,6 +13,11 @@ from torch import Tensor
 from synkern.registry import LOSSES, LossSpec
 
 SIZES = ((32, 3), (64, 14), (1024, 100), (512, 32000), (256, 128000))
+# Of a GPU: what fills it at every length of a row, and a batch that is all latency.
+CUDA_SIZES = (
+    (32, 3), (1 << 20, 14), (1 << 17, 256), (16384, 1000), (16384, 8192), (8192, 32000), (4096, 128000), (2048, 256000),
+)  # fmt: skip
+DEVICE_SIZES = {"cpu": SIZES, "cuda": CUDA_SIZES}
 SMOKE_SIZES = ((64, 14),)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 DEFAULT_DTYPES = ("float32", "bfloat16")

@@ -10,8 +10,8 @@ from .results import Record, find
 
 @dataclass(frozen=True)
 class Goal:
-    """``peer`` takes at most ``at_most`` times the time of ``against`` ("floor": the mode's floor), or with
-    ``against="memory"`` at most that many (N, C) arrays of extra memory."""
+    """``peer`` takes at most ``at_most`` times the time of ``against`` ("floor": the mode's floor), with
+    ``against="memory"`` at most that many (N, C) arrays of extra memory, with ``against="seconds"`` that time."""
 
     size: tuple[int, int]
     against: str
@@ -21,6 +21,7 @@ class Goal:
     peer: str = "synkern"
     loss: str = "dimp"
     stretch: bool = False
+    as_rate: bool = False  # spelt as a share of the other's rate
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ SMALL, MIDDLE, LARGE = ((32, 3), (64, 14)), (1024, 100), ((512, 32000), (256, 12
 # One gradient, and room for the vectors with N entries and for the rounding to pages.
 GRADIENT_ALONE = 1.05
 
-GOALS: tuple[Goal, ...] = (
+CPU_GOALS: tuple[Goal, ...] = (
     *(Goal(size, "eager", 0.65) for size in SMALL),
     *(Goal(size, "cross_entropy", 1.0, stretch=True) for size in SMALL),
     Goal(MIDDLE, "eager", 1 / 3),
@@ -58,7 +59,30 @@ GOALS: tuple[Goal, ...] = (
 )
 
 
-def judge(records: Sequence[Record], goals: Sequence[Goal] = GOALS) -> list[Verdict]:
+# Of an H200. The floor is a device-to-device copy, so that 1 / 0.88 of its time is 88 % of its rate.
+GPU_LARGE, GPU_MIDDLE, GPU_SMALL = ((8192, 32000), (4096, 128000)), (16384, 1000), (32, 3)
+CUDA_GOALS: tuple[Goal, ...] = (
+    *(
+        Goal(size, against, at_most, dtype=dtype, as_rate=against == "floor")
+        for size in GPU_LARGE
+        for dtype in ("float32", "bfloat16")
+        for against, at_most in (
+            ("floor", 1 / 0.88), ("cross_entropy", 1.0), ("compile", 1.0), ("liger", 1.0), ("quack", 1.0),
+        )
+    ),
+    *(Goal(GPU_MIDDLE, "floor", 1 / 0.75, dtype=dtype, as_rate=True) for dtype in ("float32", "bfloat16")),
+    Goal(GPU_SMALL, "cross_entropy", 1.0),
+    Goal(GPU_SMALL, "seconds", 10e-6, peer="synkern graph"),
+    *(
+        Goal((4096, 128000), "floor", 1 / 0.85, dtype=dtype, mode=mode, peer="synkern kernel", as_rate=True)
+        for mode in ("tangent", "hvp")
+        for dtype in ("float32", "bfloat16")
+    ),
+)
+GOALS = {"cpu": CPU_GOALS, "cuda": CUDA_GOALS}
+
+
+def judge(records: Sequence[Record], goals: Sequence[Goal] = CPU_GOALS) -> list[Verdict]:
     """The goals whose case and counterpart were measured, each beside what came out."""
     verdicts = []
     for goal in goals:
@@ -73,6 +97,8 @@ def judge(records: Sequence[Record], goals: Sequence[Goal] = GOALS) -> list[Verd
 
 
 def _measured(records: Sequence[Record], ours: Record, goal: Goal) -> float | None:
+    if goal.against == "seconds":
+        return ours.timing.median
     return ours.peak_extra_arrays if goal.against == "memory" else ours.times.get(goal.against)
 
 
@@ -80,6 +106,10 @@ def _asked(goal: Goal, ours: Record) -> str:
     against = ours.floor if goal.against == "floor" else goal.against
     if goal.against == "memory":
         return "peak extra memory: one (N, C) gradient"
+    if goal.against == "seconds":
+        return f"at most {goal.at_most * 1e6:g} us"
+    if goal.as_rate:
+        return f"at least {100 / goal.at_most:.0f} % of the rate of {against}"
     if goal.at_most < 0.5:
         return f"at least {1 / goal.at_most:.3g}x as fast as {against}"
     return f"at most {goal.at_most:g} of the time of {against}"
@@ -88,4 +118,8 @@ def _asked(goal: Goal, ours: Record) -> str:
 def _spell(goal: Goal, measured: float) -> str:
     if goal.against == "memory":
         return f"{measured:.2f} arrays"
+    if goal.against == "seconds":
+        return f"{measured * 1e6:.2f} us"
+    if goal.as_rate:
+        return f"{100 / measured:.0f} %"
     return f"{1 / measured:.2f}x" if goal.at_most < 0.5 else f"{measured:.2f}"

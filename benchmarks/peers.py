@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from synkern import backends
 
 from .cases import Problem
 
@@ -40,7 +44,8 @@ class Peer:
         modes: those it can do.
         computes: "case" for the case's loss, "cross_entropy" for a reference point that computes that, None for a
             floor, which computes no loss.
-        missing: why it cannot run here, or None.
+        missing: why it cannot run on a device here, or None.
+        devices: those that it is for; on others it is not mentioned.
     """
 
     name: str
@@ -48,7 +53,8 @@ class Peer:
     prepare: Callable[[Problem], Step]
     modes: tuple[str, ...]
     computes: str | None = "case"
-    missing: Callable[[], str | None] = lambda: None
+    missing: Callable[[torch.device], str | None] = lambda _: None
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 LossFunction = Callable[..., Tensor]
@@ -56,6 +62,28 @@ LossFunction = Callable[..., Tensor]
 
 def _fused(problem: Problem) -> LossFunction:
     return problem.case.spec.function
+
+
+def _on_backend(backend: str) -> Callable[[Problem], LossFunction]:
+    return lambda problem: partial(problem.case.spec.function, backend=backend)
+
+
+def _liger(_: Problem) -> LossFunction:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    def mean_loss(logits: Tensor, target: Tensor, **_: Any) -> Tensor:
+        return liger_cross_entropy(logits, target)
+
+    return mean_loss
+
+
+def _quack(_: Problem) -> LossFunction:
+    from quack.cross_entropy import cross_entropy
+
+    def mean_loss(logits: Tensor, target: Tensor, **_: Any) -> Tensor:
+        return cross_entropy(logits, target, reduction="mean")
+
+    return mean_loss
 
 
 def _eager(problem: Problem) -> LossFunction:
@@ -136,12 +164,53 @@ def _double_backward_step(problem: Problem, function: LossFunction, keywords: di
     return Step(run, lambda: {"hvp": run()})
 
 
+def _overwriting_step(problem: Problem, function: LossFunction) -> Step:
+    """Of a loss that writes the gradient over its logits: timed on a copy of its own, checked on a fresh one."""
+    scratch = replace(problem, logits=problem.logits.detach().clone().requires_grad_())
+
+    def outcome() -> dict[str, Tensor]:
+        fresh = replace(problem, logits=problem.logits.detach().clone().requires_grad_())
+        return _train_step(fresh, function, {}).outcome()
+
+    return Step(_train_step(scratch, function, {}).run, outcome)
+
+
+def _graph_step(function_of: Callable[[Problem], LossFunction]) -> Callable[[Problem], Step]:
+    """Loss and backward replayed from a CUDA graph: what is left of their latency without the host."""
+
+    def prepare(problem: Problem) -> Step:
+        logits, target, function = problem.logits, problem.target, function_of(problem)
+        keywords = {**problem.operands, **problem.options}
+
+        def work() -> tuple[Tensor, Tensor]:
+            loss = function(logits, target, **keywords)
+            return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # compiles and allocates what the capture must not
+                work()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            value, gradient = work()
+
+        def outcome() -> dict[str, Tensor]:
+            graph.replay()
+            return {"value": value.clone(), "gradient": gradient.clone()}
+
+        return Step(graph.replay, outcome)
+
+    return prepare
+
+
 class _RecordOperator(TorchDispatchMode):
     """Keeps the arguments and outputs with which the public function calls ``row_loss``."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = function(*args, **(kwargs or {}))
-        if function is torch.ops.synkern.row_loss.default:
+        if function._schema.name.partition("::")[2] == "row_loss":  # of whichever backend
             self.arguments, self.outputs = args, outputs
         return outputs
 
@@ -208,11 +277,30 @@ def _add(problem: Problem) -> Step:
     return Step(lambda: torch.add(x, y, out=buffer), lambda: {"sum": torch.add(x, y, out=buffer)})
 
 
-def _no_compiler() -> str | None:
+def _no_compiler(_: torch.device) -> str | None:
     compiler = os.environ.get("CXX", "g++")
     return None if shutil.which(compiler) else f"torch.compile needs a C++ compiler, and {compiler} is not installed"
 
 
+def _no_backend(backend: str) -> Callable[[torch.device], str | None]:
+    def missing(device: torch.device) -> str | None:
+        try:
+            backends.check("synkern", backend, device)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    return missing
+
+
+def _not_installed(package: str, module: str) -> Callable[[torch.device], str | None]:
+    def missing(_: torch.device) -> str | None:
+        return None if find_spec(module) else f"the package {package} is not installed (`pip install {package}`)"
+
+    return missing
+
+
+GPU = ("cuda",)
 ALL = ("train", "forward", "tangent", "hvp")
 PEERS: dict[str, Peer] = {
     peer.name: peer
@@ -220,11 +308,22 @@ PEERS: dict[str, Peer] = {
         Peer("synkern", "the public function", _loss_step(_fused), ALL),
         Peer("synkern kernel", "the operator alone, after a forward pass", _kernel_step, ("tangent", "hvp")),
         Peer("eager", "plain PyTorch as a user writes it, in the dtype of the logits", _loss_step(_eager), ALL),
+        Peer("synkern cuda", "the public function on the CUDA kernels", _loss_step(_on_backend("cuda")), ALL,
+             missing=_no_backend("cuda"), devices=GPU),
+        Peer("synkern triton", "the public function on the Triton kernels", _loss_step(_on_backend("triton")), ALL,
+             missing=_no_backend("triton"), devices=GPU),
+        Peer("synkern graph", "the public function, replayed from a CUDA graph", _graph_step(_fused), ("train",),
+             devices=GPU),
         # Its code is not differentiable twice, nor under torch.func from outside.
         Peer("compile", "the same under torch.compile", _loss_step(_compiled), ("train", "forward"),
              missing=_no_compiler),
         Peer("cross_entropy", "F.cross_entropy, unweighted: a reference point", _loss_step(_cross_entropy), ALL,
              computes="cross_entropy"),
+        Peer("liger", "Liger-Kernel's cross entropy, unweighted, over its logits",
+             lambda problem: _overwriting_step(problem, _liger(problem)), ("train",), computes="cross_entropy",
+             missing=_not_installed("liger-kernel", "liger_kernel"), devices=GPU),
+        Peer("quack", "quack's cross entropy, unweighted", _loss_step(_quack), ("train", "forward"),
+             computes="cross_entropy", missing=_not_installed("quack-kernels", "quack"), devices=GPU),
         Peer("copy", "logits copied into a warm buffer", _copy, ("train",), computes=None),
         Peer("clone", "logits copied into fresh memory, with its page faults", _clone, ("train",), computes=None),
         Peer("read: sum", "torch.sum of each array read", _read_by_sum, ("forward", "tangent"), computes=None),
@@ -234,6 +333,8 @@ PEERS: dict[str, Peer] = {
 }
 
 
-def peers_for(mode: str, names: tuple[str, ...]) -> list[Peer]:
-    """The named peers that can do ``mode``."""
-    return [peer for peer in PEERS.values() if mode in peer.modes and peer.name in names]
+def peers_for(mode: str, names: tuple[str, ...], device: str = "cpu") -> list[Peer]:
+    """The named peers that can do ``mode`` and are for ``device``."""
+    return [
+        peer for peer in PEERS.values() if mode in peer.modes and peer.name in names and device in peer.devices
+    ]

@@ -99,7 +99,7 @@ def goals_table(verdicts: Sequence[Verdict]) -> str:
 
 def as_text(report: Report) -> str:
     """The whole report in Markdown."""
-    parts = ["# synkern benchmark", _environment_text(report.environment), results_table(report.records)]
+    parts = ["# synkern benchmark", environment_text(report.environment), results_table(report.records)]
     if any(record.is_noisy for record in report.records):
         parts.insert(1, "**Other programs used the machine meanwhile: do not quote the times of cases marked noisy.**")
     if report.verdicts:
@@ -109,7 +109,7 @@ def as_text(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _environment_text(environment: dict[str, Any]) -> str:
+def environment_text(environment: dict[str, Any]) -> str:
     def flat(value: Any) -> str:
         return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
@@ -168,10 +168,36 @@ def plot(records: Sequence[Record], path: Path) -> None:
     plt.close(figure)
 
 
+LEAST_LENGTHS = 3  # of rows, for a curve
+
+
+def plot_rates(records: Sequence[Record], path: Path) -> None:
+    """Percent of the floor's rate against C, loss + backward: a panel for each dtype, a line for each peer."""
+    shown = [r for r in records if r.case.mode == "train" and r.percent_of_floor is not None and r.peer != r.floor]
+    dtypes = list(dict.fromkeys(record.case.dtype for record in shown))
+    if len({record.case.classes for record in shown}) < LEAST_LENGTHS:
+        return
+    figure, axes = plt.subplots(1, len(dtypes), figsize=(6 * len(dtypes), 4.5), squeeze=False, layout="constrained")
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        for peer in dict.fromkeys(record.peer for record in shown):
+            line = sorted(
+                (r.case.classes, r.percent_of_floor) for r in shown if (r.case.dtype, r.peer) == (dtype, peer)
+            )
+            axis.plot([c for c, _ in line], [percent for _, percent in line], marker="o", label=peer)
+        axis.axhline(100, color="black", linewidth=0.8)
+        axis.set(xscale="log", xlabel="classes", ylabel="% of the floor's rate", ylim=(0, None), title=dtype)
+        axis.grid(which="both", alpha=0.3)
+    axes[0, -1].legend(fontsize=8)
+    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=130))
+    plt.close(figure)
+
+
 def save(report: Report, folder: Path, name: str) -> list[Path]:
-    """Writes name.json, name.md and name.png, each in one step."""
+    """Writes name.json, name.md, name.png and, where rows of several lengths were measured, name-rates.png."""
     data, text, image = (folder / f"{name}.{suffix}" for suffix in ("json", "md", "png"))
     write_json(data, as_json(report))
     write_text(text, as_text(report))
     plot(report.records, image)
-    return [path for path in (data, text, image) if path.exists()]
+    rates = folder / f"{name}-rates.png"
+    plot_rates(report.records, rates)
+    return [path for path in (data, text, image, rates) if path.exists()]

@@ -11,7 +11,7 @@ from .timing import Timing
 # Cores that others may use before times are called noisy. A parallel loop waits for its slowest thread, so that another
 # program multiplies times by far more than its share of the machine.
 NOISY = 0.1
-COMPARED = ("eager", "compile", "cross_entropy", "floor")
+COMPARED = ("eager", "compile", "cross_entropy", "liger", "quack", "floor")
 
 
 @dataclass(frozen=True)

@@ -86,3 +86,9 @@ def assert_float64_equal(actual: object, expected: object, message: str | None =
     torch.testing.assert_close(
         actual, expected, **FLOAT64, equal_nan=True, msg=message and (lambda m: f"{message}: {m}")
     )
+
+# Scores s_i = <v, grad l_i> by an exact method against float64, in units of the largest score of the batch.
+SCORES = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+# The same by differences of losses: bfloat16 means autocast, with float32 parameters.
+DIFFERENCE = {torch.float64: 1e-6, torch.float32: 5e-3, torch.bfloat16: 0.1}
