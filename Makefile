@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc synkern -name '*.cpp' -o -name '*.h') CMakeLists.txt pyproject.toml constraints.txt
+SOURCES := $(shell find csrc synkern -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: help demo test test-slow lint types benchmark benchmark-smoke sanitize wheel clean
+.PHONY: help demo test test-slow test-gpu benchmark-gpu lint types benchmark benchmark-smoke sanitize wheel wheel-cuda clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -27,6 +27,10 @@ test: $(VENV)/.installed ## The tests that need no GPU and no patience
 test-slow: $(VENV)/.installed ## The long ones
 	$(BIN)/python -m pytest -m slow
 
+test-gpu: $(VENV)/.installed ## Everything that a GPU backend is a parameter of, and what only a GPU can show; needs nvcc
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --no-deps -C cmake.define.SYNKERN_CUDA=ON --editable .
+	$(BIN)/python -m pytest -m gpu -q
+
 lint: $(VENV)/.installed ## ruff
 	$(BIN)/ruff check .
 
@@ -36,6 +40,10 @@ types: $(VENV)/.installed ## mypy
 benchmark: $(VENV)/.installed ## The table of benchmarks/results; a quiet machine, ten minutes
 	$(BIN)/python -m benchmarks
 
+benchmark-gpu: $(VENV)/.installed ## Losses, contraction and the scored step on a GPU
+	$(BIN)/python -m benchmarks --device cuda
+	$(BIN)/python -m benchmarks.meta --device cuda
+
 benchmark-smoke: $(VENV)/.installed ## Does every benchmark run?
 	$(BIN)/python -m benchmarks --smoke
 
@@ -44,6 +52,9 @@ sanitize: $(VENV)/.installed ## The CPU kernels under the address and undefined-
 
 wheel: $(VENV)/.torch ## A wheel in dist/, for every torch from 2.11
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+wheel-cuda: $(VENV)/.torch ## The same with the CUDA kernels; needs nvcc, no GPU
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip wheel --no-deps -C cmake.define.SYNKERN_CUDA=ON --wheel-dir dist .
 
 clean:
 	rm -rf build dist $(VENV)

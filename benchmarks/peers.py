@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from synkern import backends
 
-from .cases import Problem
+from .cases import Case, Problem
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def _quack(_: Problem) -> LossFunction:
     return mean_loss
 
 
-def _eager(problem: Problem) -> LossFunction:
-    rows = problem.case.spec.reference
+def _eager_of(case: Case) -> LossFunction:
+    rows = case.spec.reference
 
     def mean_loss(logits: Tensor, target: Tensor, **keywords: Any) -> Tensor:
         return rows(logits, target, **keywords).mean()
@@ -95,10 +95,20 @@ def _eager(problem: Problem) -> LossFunction:
     return mean_loss
 
 
-def _compiled(problem: Problem) -> LossFunction:
-    # Code specialised on the shapes of this case is the best that the compiler gives.
+def _eager(problem: Problem) -> LossFunction:
+    return _eager_of(problem.case)
+
+
+@lru_cache(maxsize=1)
+def _compiled_of(case: Case) -> LossFunction:
+    # Code specialised on the shapes of this case is the best that the compiler gives. All its problems share it: one
+    # function each would run into the compiler's limit of variants, and into eager code.
     torch._dynamo.reset()
-    return torch.compile(_eager(problem))
+    return torch.compile(_eager_of(case))
+
+
+def _compiled(problem: Problem) -> LossFunction:
+    return _compiled_of(problem.case)
 
 
 def _cross_entropy(_: Problem) -> LossFunction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +10,6 @@ from torch import Tensor
 
 from . import _library  # noqa: F401  (the operators must exist before they are looked up)
 from ._schema import DENOMINATOR_ROW, MEAN, NONE, STATISTICS_ROWS, accumulate_dtype
-
-_ops = torch.ops.synkern
 
 
 def _row_loss(logits: Tensor, target: Tensor, weight: Any, ratio: Any, class_weight: Any, *options: Any) -> Any:
@@ -79,12 +78,12 @@ def _kept_weight(target: Tensor, class_weight: Tensor | None, ignore_index: int,
     return class_weight[target.long().masked_fill(~kept, 0)].masked_fill(~kept, 0).sum(-1)
 
 
-def _vmap_row_loss(info: Any, in_dims: Any, *args: Any) -> Any:
+def _vmap_row_loss(operator: Any, info: Any, in_dims: Any, *args: Any) -> Any:
     size, (logits, target, weight, ratio, class_weight), options = info.batch_size, args[:5], args[5:]
     if in_dims[4] is not None:
-        return _loop(_ops.row_loss.default, size, in_dims, args)
+        return _loop(operator, size, in_dims, args)
     rows = [_fold(x, d, size) for x, d in zip((logits, target, weight, ratio), in_dims, strict=False)]
-    losses, statistics = _ops.row_loss.default(*rows, class_weight, *options[:-1], NONE)
+    losses, statistics = operator(*rows, class_weight, *options[:-1], NONE)
     losses, statistics = losses.reshape(size, -1), statistics.reshape(statistics.shape[0], size, -1)
     if options[-1] == MEAN:
         front = _front(target, in_dims[1], size)
@@ -97,52 +96,62 @@ def _vmap_row_loss(info: Any, in_dims: Any, *args: Any) -> Any:
     return (losses, statistics), (0, 1)
 
 
-def _vmap_row_loss_backward(info: Any, in_dims: Any, *args: Any) -> Any:
+def _vmap_row_loss_backward(operator: Any, info: Any, in_dims: Any, *args: Any) -> Any:
     size, options = info.batch_size, args[7:]
     grad, logits, target, weight, ratio, class_weight, statistics = args[:7]
     if in_dims[5] is not None:
-        return _loop(_ops.row_loss_backward.default, size, in_dims, args)
+        return _loop(operator, size, in_dims, args)
     rows = [_fold(x, d, size) for x, d in zip((logits, target, weight, ratio), in_dims[1:5], strict=True)]
     statistics = _fold_statistics(statistics, in_dims[6], size)
     row_grad = _front(grad, in_dims[0], size)
     assert row_grad is not None
     if options[-1] != NONE:
         row_grad = row_grad[:, None] / statistics[DENOMINATOR_ROW].reshape(size, -1)
-    grad_logits, grad_weight = _ops.row_loss_backward.default(
+    grad_logits, grad_weight = operator(
         row_grad.reshape(-1), *rows, class_weight, statistics, *options[:-1], NONE
     )
     return (grad_logits.reshape(size, -1, grad_logits.shape[-1]), grad_weight.reshape(size, -1)), (0, 0)
 
 
-def _vmap_row_loss_tangent(info: Any, in_dims: Any, *args: Any) -> Any:
+def _vmap_row_loss_tangent(operator: Any, info: Any, in_dims: Any, *args: Any) -> Any:
     size, options = info.batch_size, args[7:]
     if in_dims[5] is not None:
-        return _loop(_ops.row_loss_tangent.default, size, in_dims, args)
+        return _loop(operator, size, in_dims, args)
     rows = [_fold(x, d, size) for x, d in zip(args[:5], in_dims, strict=False)]
-    result = _ops.row_loss_tangent.default(*rows, args[5], _fold_statistics(args[6], in_dims[6], size), *options)
+    result = operator(*rows, args[5], _fold_statistics(args[6], in_dims[6], size), *options)
     return result.reshape(size, -1), 0
 
 
-def _vmap_row_loss_hvp(info: Any, in_dims: Any, *args: Any) -> Any:
+def _vmap_row_loss_hvp(operator: Any, info: Any, in_dims: Any, *args: Any) -> Any:
     size, options = info.batch_size, args[8:]
     if in_dims[6] is not None:
-        return _loop(_ops.row_loss_hvp.default, size, in_dims, args)
+        return _loop(operator, size, in_dims, args)
     rows = [_fold(x, d, size) for x, d in zip(args[:6], in_dims, strict=False)]
-    hvp, along = _ops.row_loss_hvp.default(*rows, args[6], _fold_statistics(args[7], in_dims[7], size), *options)
+    hvp, along = operator(*rows, args[6], _fold_statistics(args[7], in_dims[7], size), *options)
     return (hvp.reshape(size, -1, hvp.shape[-1]), along.reshape(size, -1)), (0, 0)
 
 
-def register(library: torch.library.Library) -> None:
+def _contraction(*args: Any) -> Tensor:
+    """(..., b or v, ..., samples): the last argument is an int, and all matrices share an accumulation type."""
+    matrix = next(x for x in args if isinstance(x, Tensor) and x.is_floating_point())
+    return matrix.new_empty((args[-1],), dtype=accumulate_dtype(matrix.dtype))
+
+
+def register(library: torch.library.Library, namespace: str) -> None:
     """Registers the fake kernels of every operator, and the batching rules of those that transforms meet."""
-    for fake, batched in (
-        (_row_loss_and_gradient, None),
-        (_row_loss_rescale, None),
-        (_row_loss, _vmap_row_loss),
-        (_row_loss_backward, _vmap_row_loss_backward),
-        (_row_loss_tangent, _vmap_row_loss_tangent),
-        (_row_loss_hvp, _vmap_row_loss_hvp),
+    for name, fake, batched in (
+        ("row_loss_and_gradient", _row_loss_and_gradient, None),
+        ("row_loss_rescale", _row_loss_rescale, None),
+        ("row_loss", _row_loss, _vmap_row_loss),
+        ("row_loss_backward", _row_loss_backward, _vmap_row_loss_backward),
+        ("row_loss_tangent", _row_loss_tangent, _vmap_row_loss_tangent),
+        ("row_loss_hvp", _row_loss_hvp, _vmap_row_loss_hvp),
+        ("linear_contraction", _contraction, None),
+        ("embedding_contraction", _contraction, None),
+        ("norm_contraction", _contraction, None),
     ):
-        name = f"synkern::{fake.__name__.removeprefix('_')}"
-        torch.library.register_fake(name, fake, lib=library)
+        qualified = f"{namespace}::{name}"
+        torch.library.register_fake(qualified, fake, lib=library)
         if batched is not None:
-            torch.library.register_vmap(name, batched, lib=library)
+            operator = getattr(getattr(torch.ops, namespace), name).default
+            torch.library.register_vmap(qualified, partial(batched, operator), lib=library)

@@ -10,6 +10,7 @@ This is the only file that leans on private names of torch; it refuses to import
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _abstract
+from . import _abstract, _triton
 from ._schema import DENOMINATOR_ROW, MEAN, NONE, RATIO_ROW, LossKind, accumulate_dtype
 
 _C = torch._C
-_ops = torch.ops.synkern
-_loss_and_gradient = _ops.row_loss_and_gradient.default  # looked up once: it is called in every training step
 
 try:
     from torch._C._functorch import TransformType as _TransformType
@@ -135,6 +134,29 @@ def _reduce(losses: Tensor, statistics: Tensor, reduction: int) -> Tensor:
     return losses if reduction == NONE else (losses / statistics[DENOMINATOR_ROW]).sum()
 
 
+class Operators:
+    """The row-loss operators of one namespace, looked up once: they are called in every training step."""
+
+    def __init__(self, namespace: str) -> None:
+        packets = getattr(torch.ops, namespace)
+        self.namespace = namespace
+        self.loss = packets.row_loss.default
+        self.loss_and_gradient = packets.row_loss_and_gradient.default
+        self.rescale = packets.row_loss_rescale.default
+        self.backward = packets.row_loss_backward.default
+        self.tangent = packets.row_loss_tangent.default
+        self.hvp = packets.row_loss_hvp.default
+
+
+def _bound(function: Any, operators: Operators) -> Any:
+    """The ``Function`` for one namespace; what it records calls the operators of that namespace again."""
+    return type(function)(function.__name__, (function,), {"operators": operators})
+
+
+def _operators(ctx: Any) -> Operators:
+    return ctx._forward_cls.operators
+
+
 class _RowLoss(_SingleLevelFunction):
     @staticmethod
     def forward(
@@ -142,7 +164,7 @@ class _RowLoss(_SingleLevelFunction):
         class_weight: Tensor | None, *options: Any,
     ) -> tuple[Tensor, Tensor]:
         with _Below():
-            loss, statistics = _ops.row_loss.default(logits, target, weight, ratio, class_weight, *options)
+            loss, statistics = _operators(ctx).loss(logits, target, weight, ratio, class_weight, *options)
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         saved = (logits, target, weight, ratio, class_weight, statistics)
@@ -153,15 +175,15 @@ class _RowLoss(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        padding = (None,) * (2 + len(ctx.options))
+        ops, padding = _operators(ctx), (None,) * (2 + len(ctx.options))
         if grad is None:
             return None, None, None, *padding
         logits, target, weight, ratio, class_weight, statistics = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:  # weight alone: its gradient needs no (N, C) array
             options, reduction = ctx.options[:-1], ctx.options[-1]
-            losses = _ops.row_loss.default(logits, target, None, ratio, class_weight, *options, NONE)[0]
+            losses = ops.loss(logits, target, None, ratio, class_weight, *options, NONE)[0]
             return None, None, _per_row(grad, statistics, reduction) * losses, *padding
-        grad_logits, grad_weight = _ops.row_loss_backward.default(grad, *ctx.saved_tensors, *ctx.options)
+        grad_logits, grad_weight = ops.backward(grad, *ctx.saved_tensors, *ctx.options)
         return grad_logits, None, None if weight is None else grad_weight, *padding
 
     @staticmethod
@@ -170,14 +192,14 @@ class _RowLoss(_SingleLevelFunction):
         ctx: Any, saved: Any, logits_t: Tensor | None, _target: None, weight_t: Tensor | None, *_: Any
     ) -> tuple[Any, ...]:
         logits, target, weight, ratio, class_weight, statistics = saved
-        options, reduction = ctx.options[:-1], ctx.options[-1]
+        ops, options, reduction = _operators(ctx), ctx.options[:-1], ctx.options[-1]
         along = from_weight = None
         if logits_t is not None:
-            along = _ops.row_loss_tangent.default(
+            along = ops.tangent(
                 logits_t, weight, logits, target, ratio, class_weight, statistics, *options
             )
         if weight_t is not None:
-            losses = _ops.row_loss.default(logits, target, None, ratio, class_weight, *options, NONE)[0]
+            losses = ops.loss(logits, target, None, ratio, class_weight, *options, NONE)[0]
             from_weight = weight_t * losses
         tangent = _sum_of(along, from_weight)
         return None if tangent is None else _reduce(tangent, statistics, reduction), None
@@ -187,7 +209,7 @@ class _RowLossBackward(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         with _Below():
-            outputs = _ops.row_loss_backward.default(*args)
+            outputs = _operators(ctx).backward(*args)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args[:7])
         ctx.save_for_forward(*args[:7])
@@ -198,7 +220,7 @@ class _RowLossBackward(_SingleLevelFunction):
     def backward(ctx: Any, u: Tensor | None, s: Tensor | None) -> tuple[Tensor | None, ...]:
         """u and s are the cotangents of the gradients with respect to logits and weight."""
         grad, logits, target, weight, ratio, class_weight, statistics = ctx.saved_tensors
-        options, reduction = ctx.options[:-1], ctx.options[-1]
+        ops, options, reduction = _operators(ctx), ctx.options[:-1], ctx.options[-1]
         padding = (None,) * (4 + len(ctx.options))
         if weight is None:
             s = None
@@ -210,12 +232,12 @@ class _RowLossBackward(_SingleLevelFunction):
         along = losses = None
         if u is None:
             assert extra is not None
-            grad_logits = _unweighted_gradient(extra, *shared)
+            grad_logits = _unweighted_gradient(ops, extra, *shared)
         else:
             coefficient = row_grad if weight is None else row_grad * weight
-            grad_logits, along = _ops.row_loss_hvp.default(u, coefficient.contiguous(), extra, *shared)
+            grad_logits, along = ops.hvp(u, coefficient.contiguous(), extra, *shared)
         if s is not None:
-            losses = s * _ops.row_loss.default(logits, target, None, ratio, class_weight, *options, NONE)[0]
+            losses = s * ops.loss(logits, target, None, ratio, class_weight, *options, NONE)[0]
         grad_rows = _sum_of(None if along is None else _times(weight, along), losses)
         grad_grad = None if grad_rows is None else _reduce(grad_rows, statistics, reduction)
         grad_weight = None if weight is None or along is None else row_grad * along
@@ -228,7 +250,7 @@ class _RowLossBackward(_SingleLevelFunction):
         *_: Any,
     ) -> tuple[Tensor, Tensor]:
         grad, logits, target, weight, ratio, class_weight, statistics = saved
-        options, reduction = ctx.options[:-1], ctx.options[-1]
+        ops, options, reduction = _operators(ctx), ctx.options[:-1], ctx.options[-1]
         row_grad = _per_row(grad, statistics, reduction)
         row_grad_t = None if grad_t is None else _per_row(grad_t, statistics, reduction)
         shared = (logits, target, ratio, class_weight, statistics, *options)
@@ -239,13 +261,13 @@ class _RowLossBackward(_SingleLevelFunction):
         along = None
         if logits_t is not None:
             coefficient = row_grad if weight is None else row_grad * weight
-            gradient_t, along = _ops.row_loss_hvp.default(logits_t, coefficient.contiguous(), extra, *shared)
+            gradient_t, along = ops.hvp(logits_t, coefficient.contiguous(), extra, *shared)
         else:
             assert extra is not None  # a jvp is only asked for where something has a tangent
-            gradient_t = _unweighted_gradient(extra, *shared)
+            gradient_t = _unweighted_gradient(ops, extra, *shared)
         losses = None
         if weight is not None and row_grad_t is not None:
-            losses = row_grad_t * _ops.row_loss.default(logits, target, None, ratio, class_weight, *options, NONE)[0]
+            losses = row_grad_t * ops.loss(logits, target, None, ratio, class_weight, *options, NONE)[0]
         weight_gradient_t = _sum_of(losses, None if weight is None or along is None else row_grad * along)
         if weight_gradient_t is None:  # torch takes no None for an output that is differentiable
             weight_gradient_t = statistics.new_zeros(0 if weight is None else weight.shape[0])
@@ -253,10 +275,10 @@ class _RowLossBackward(_SingleLevelFunction):
 
 
 def _unweighted_gradient(
-    row_grad: Tensor, logits: Tensor, target: Tensor, ratio: Tensor | None, class_weight: Tensor | None,
-    statistics: Tensor, *options: Any,
+    ops: Operators, row_grad: Tensor, logits: Tensor, target: Tensor, ratio: Tensor | None,
+    class_weight: Tensor | None, statistics: Tensor, *options: Any,
 ) -> Tensor:
-    return _ops.row_loss_backward.default(
+    return ops.backward(
         row_grad.contiguous(), logits, target, None, ratio, class_weight, statistics, *options, NONE
     )[0]
 
@@ -265,7 +287,7 @@ class _RowLossTangent(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         with _Below():
-            output = _ops.row_loss_tangent.default(*args)
+            output = _operators(ctx).tangent(*args)
         ctx.save_for_backward(*args[:7])
         ctx.save_for_forward(*args[:7])
         ctx.options = args[7:]
@@ -274,10 +296,11 @@ class _RowLossTangent(_SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, s: Tensor) -> tuple[Tensor | None, ...]:
         v, coefficient, logits, target, ratio, class_weight, statistics = ctx.saved_tensors
+        ops = _operators(ctx)
         shared = (logits, target, ratio, class_weight, statistics, *ctx.options)
         scaled = s if coefficient is None else s * coefficient
-        grad_logits, along = _ops.row_loss_hvp.default(v, scaled.contiguous(), None, *shared)
-        grad_v = _unweighted_gradient(scaled, *shared) if ctx.needs_input_grad[0] else None
+        grad_logits, along = ops.hvp(v, scaled.contiguous(), None, *shared)
+        grad_v = _unweighted_gradient(ops, scaled, *shared) if ctx.needs_input_grad[0] else None
         grad_coefficient = None if coefficient is None else s * along
         return grad_v, grad_coefficient, grad_logits, *(None,) * (4 + len(ctx.options))
 
@@ -287,15 +310,16 @@ class _RowLossTangent(_SingleLevelFunction):
         ctx: Any, saved: Any, v_t: Tensor | None, coefficient_t: Tensor | None, logits_t: Tensor | None, *_: Any
     ) -> Any:
         v, coefficient, logits, target, ratio, class_weight, statistics = saved
+        ops = _operators(ctx)
         shared = (logits, target, ratio, class_weight, statistics, *ctx.options)
         terms = []
         if v_t is not None:
-            terms.append(_ops.row_loss_tangent.default(v_t, coefficient, *shared))
+            terms.append(ops.tangent(v_t, coefficient, *shared))
         if coefficient_t is not None:
-            terms.append(_ops.row_loss_tangent.default(v, coefficient_t, *shared))
+            terms.append(ops.tangent(v, coefficient_t, *shared))
         if logits_t is not None:
             ones = torch.ones_like(statistics[0]) if coefficient is None else coefficient
-            curved = _ops.row_loss_hvp.default(v, ones.contiguous(), None, *shared)[0]
+            curved = ops.hvp(v, ones.contiguous(), None, *shared)[0]
             terms.append((curved * logits_t).sum(-1, dtype=statistics.dtype))
         return _sum_of(*terms)
 
@@ -310,7 +334,7 @@ class _RowLossHvp(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         with _Below():
-            return _ops.row_loss_hvp.default(*args)
+            return _operators(ctx).hvp(*args)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
@@ -322,9 +346,9 @@ class _RowLossHvp(_SingleLevelFunction):
 
 
 def _composed(
-    logits: Tensor, target: Tensor, weight: Tensor | None, ratio: Tensor | None, class_weight: Tensor | None,
-    loss: int, p0: float, p1: float, p2: float, label_smoothing: float, z_loss: float, ignore_index: int,
-    reduction: int,
+    ops: Operators, logits: Tensor, target: Tensor, weight: Tensor | None, ratio: Tensor | None,
+    class_weight: Tensor | None, loss: int, p0: float, p1: float, p2: float, label_smoothing: float, z_loss: float,
+    ignore_index: int, reduction: int,
 ) -> tuple[Tensor, Tensor]:
     """The operator where ratio or class_weight are differentiated too: the kernels give t, the rest is (N,) torch.
 
@@ -332,7 +356,7 @@ def _composed(
     """
     kept = target != ignore_index
     kind = (LossKind.CROSS_ENTROPY, 0.0, 0.0, 0.0) if ratio is not None else (loss, p0, p1, p2)
-    losses, statistics = _ops.row_loss.default(logits, target, None, None, None, *kind, 0.0, 0.0, ignore_index, NONE)
+    losses, statistics = ops.loss(logits, target, None, None, None, *kind, 0.0, 0.0, ignore_index, NONE)
     # Masked before every product: where() alone would send 0 * inf back through the branch it did not take.
     excluded = _excluded(losses, kept, weight)
     losses = losses.masked_fill(excluded, 0)
@@ -391,9 +415,9 @@ def _apply(function: Any, args: tuple[Any, ...]) -> Any:
         _allow_single_level(previous)
 
 
-def _register(library: torch.library.Library, name: str, function: Any, composed: Callable[..., Any] | None) -> None:
-    operator = getattr(_ops, name).default
-
+def _register(
+    library: torch.library.Library, name: str, operator: Any, function: Any, composed: Callable[..., Any] | None = None
+) -> None:
     def kernel(*args: Any) -> Any:
         if (
             (torch.is_grad_enabled() and _any_requires_grad(*args))
@@ -417,21 +441,21 @@ def _transformed() -> bool:
 class _PlainRowLoss(_SingleLevelFunction):
     """``_RowLoss`` for a training step: reverse mode alone, and the loss as the only output.
 
-    On the CPU a reduced loss takes its gradient in the forward pass, where the logits are in cache: they are read once
+    A reduced loss takes its gradient in the forward pass, where the logits are in cache or on chip: they are read once
     and one exponential an element is taken instead of two. The peak is the same, one (N, C) array beside the logits.
     Only what is differentiated is an argument of its own: every other one costs the engine half a microsecond.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, weight: Tensor | None, constants: tuple[Any, ...]) -> Tensor:
-        target, ratio, class_weight, ctx.options = constants
+        ops, target, ratio, class_weight, ctx.options = constants
         arguments = (logits, target, weight, ratio, class_weight, *ctx.options)
         ctx.gradients = None
         with _below_autograd():
-            if ctx.options[-1] == NONE or not ctx.needs_input_grad[0] or not logits.is_cpu:
-                loss, statistics = _ops.row_loss.default(*arguments)
+            if ctx.options[-1] == NONE or not ctx.needs_input_grad[0]:
+                loss, statistics = ops.loss(*arguments)
             else:
-                loss, statistics, *ctx.gradients = _loss_and_gradient(*arguments)
+                loss, statistics, *ctx.gradients = ops.loss_and_gradient(*arguments)
         ctx.save_for_backward(logits, target, weight, ratio, class_weight, statistics)
         return loss
 
@@ -443,44 +467,58 @@ class _PlainRowLoss(_SingleLevelFunction):
         # Handed over, not shared: a leaf then keeps the array as its .grad. A second backward makes it again.
         gradients, ctx.gradients = ctx.gradients, None
         saved = ctx.saved_tensors  # asked for even where unused: it raises if one was changed in place since
-        if gradients is None or type(grad) is not Tensor or grad.item() != 1.0:  # reading a CPU number waits for nobody
+        # A number on a device stays there: its kernel looks whether there is anything to do.
+        if gradients is None or type(grad) is not Tensor or not grad.is_cpu or grad.item() != 1.0:
+            ops = _operators(ctx)
             with _below_autograd():
                 if gradients is None:
-                    gradients = _ops.row_loss_backward.default(grad, *saved, *ctx.options)
+                    gradients = ops.backward(grad, *saved, *ctx.options)
                 else:
-                    _ops.row_loss_rescale.default(grad, *gradients, *saved, *ctx.options[:-1])
+                    ops.rescale(grad, *gradients, *saved, *ctx.options[:-1])
         grad_logits, grad_weight = gradients
         return grad_logits, grad_weight if ctx.needs_input_grad[1] else None, None
 
 
-def row_loss(
-    logits: Tensor, target: Tensor, weight: Tensor | None, ratio: Tensor | None, class_weight: Tensor | None,
-    *options: Any,
-) -> Tensor:
-    """The loss alone.
+def _row_loss(operators: Operators) -> Callable[..., Tensor]:
+    plain = _bound(_PlainRowLoss, operators).apply
 
-    A small batch is all overhead, so the plain training step (reverse mode, no transform, no compiler) skips the
-    dispatcher's way to the Autograd key, about 7 us a call.
+    def row_loss(
+        logits: Tensor, target: Tensor, weight: Tensor | None, ratio: Tensor | None, class_weight: Tensor | None,
+        *options: Any,
+    ) -> Tensor:
+        if torch.compiler.is_compiling() or _transformed():
+            return operators.loss(logits, target, weight, ratio, class_weight, *options)[0]
+        if torch.is_grad_enabled():
+            if _requires_grad(ratio) or _requires_grad(class_weight):
+                return _composed(operators, logits, target, weight, ratio, class_weight, *options)[0]
+            if logits.requires_grad or _requires_grad(weight):
+                return plain(logits, weight, (operators, target, ratio, class_weight, options))
+        with _below_autograd():
+            return operators.loss(logits, target, weight, ratio, class_weight, *options)[0]
+
+    return row_loss
+
+
+class Wiring:
+    """The differentiable losses of one namespace, registered as long as the object lives.
+
+    Attributes:
+        operator: ``row_loss``: the loss and its statistics.
+        row_loss: the loss alone, with the operator's arguments. A small batch is all overhead, so the plain training
+            step (reverse mode, no transform, no compiler) skips the dispatcher's way to the Autograd key, about 7 us a
+            call.
     """
-    if torch.compiler.is_compiling() or _transformed():
-        return _ops.row_loss.default(logits, target, weight, ratio, class_weight, *options)[0]
-    if torch.is_grad_enabled():
-        if _requires_grad(ratio) or _requires_grad(class_weight):
-            return _composed(logits, target, weight, ratio, class_weight, *options)[0]
-        if logits.requires_grad or _requires_grad(weight):
-            return _PlainRowLoss.apply(logits, weight, (target, ratio, class_weight, options))  # type: ignore[attr-defined]
-    with _below_autograd():
-        return _ops.row_loss.default(logits, target, weight, ratio, class_weight, *options)[0]
+
+    def __init__(self, namespace: str) -> None:
+        ops = Operators(namespace)
+        self._library = torch.library.Library(namespace, "IMPL")
+        _register(self._library, "row_loss", ops.loss, _bound(_RowLoss, ops), functools.partial(_composed, ops))
+        _register(self._library, "row_loss_backward", ops.backward, _bound(_RowLossBackward, ops))
+        _register(self._library, "row_loss_tangent", ops.tangent, _bound(_RowLossTangent, ops))
+        _register(self._library, "row_loss_hvp", ops.hvp, _bound(_RowLossHvp, ops))
+        _abstract.register(self._library, namespace)
+        self.operator = ops.loss
+        self.row_loss = _row_loss(ops)
 
 
-def _register_all() -> torch.library.Library:
-    library = torch.library.Library("synkern", "IMPL")
-    _register(library, "row_loss", _RowLoss, _composed)
-    _register(library, "row_loss_backward", _RowLossBackward, None)
-    _register(library, "row_loss_tangent", _RowLossTangent, None)
-    _register(library, "row_loss_hvp", _RowLossHvp, None)
-    _abstract.register(library)
-    return library
-
-
-_registrations = _register_all()  # undone when the object goes
+WIRINGS = {namespace: Wiring(namespace) for namespace in ("synkern", _triton.NAMESPACE)}

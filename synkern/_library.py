@@ -32,4 +32,19 @@ def _load() -> None:
         ) from error
 
 
+def _load_cuda() -> str | None:
+    """Adds the kernels at the CUDA key, which needs no GPU; returns why there are none, or None."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    path = _find("libsynkern_cuda.so")
+    if path is None:
+        return "this build of synkern has no CUDA kernels (`pip install . -C cmake.define.SYNKERN_CUDA=ON` makes them)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load under torch {torch.__version__}: {error}"
+    return None
+
+
 _load()
+cuda_missing = _load_cuda()  # backends says it to whoever asks for the CUDA kernels

@@ -2,21 +2,67 @@
 
 from __future__ import annotations
 
+import os
 import platform
+from importlib.util import find_spec
 
 import torch
 
+from . import _library, _triton
+
 BACKENDS = ("cpu", "cuda", "triton")
-_DEVICE_TYPES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
-_MISSING = {
-    "cuda": "this build of synkern has no CUDA kernels",
-    "triton": "this build of synkern has no Triton kernels",
-}
+DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
+
+# Who runs on tensors of a device where no backend is asked for: the first that can be had. The place for what a
+# measurement says (benchmarks/results).
+PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
+
+# Why a backend cannot be had in this process, whatever the tensors.
+_MISSING: dict[str, str] = {}
+if _library.cuda_missing is not None:
+    _MISSING["cuda"] = _library.cuda_missing
+if find_spec("triton") is None:
+    _MISSING["triton"] = "the package triton is not installed (`pip install 'synkern[triton]'`)"
+
+# Triton decides at its import whether its kernels are compiled or interpreted.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 
 def available() -> tuple[str, ...]:
-    """The backends that can be used in this process."""
-    return tuple(name for name in BACKENDS if name not in _MISSING)
+    """The backends that can be used in this process. Triton's interpreter does not count: it is for tests."""
+    return tuple(name for name in BACKENDS if _why_missing(name) is None)
+
+
+def _why_missing(backend: str) -> str | None:
+    """Why a backend cannot be had, or None."""
+    if backend in _MISSING:
+        return _MISSING[backend]
+    if backend == "cpu" or any(getattr(torch, device).is_available() for device in DEVICES[backend]):
+        return None
+    return f"torch sees no {' or '.join(DEVICES[backend])} device"
+
+
+def choose(name: str, backend: str | None, device: torch.device) -> str:
+    """The namespace of operators for tensors of ``device``.
+
+    Args:
+        name: of the function, for messages.
+        backend: that of the caller; None takes what fits the tensors.
+        device: of the tensors.
+
+    Raises:
+        ValueError: unknown backend, a backend that is missing (says why), or tensors of another device.
+    """
+    if backend is not None:
+        check(name, backend, device)
+        return _triton.NAMESPACE if backend == "triton" else "synkern"
+    if device.type not in PREFERENCE:  # meta tensors, and devices that the operators do not know
+        return "synkern"
+    for candidate in PREFERENCE[device.type]:
+        if candidate not in _MISSING:
+            return _triton.NAMESPACE if candidate == "triton" else "synkern"
+    reasons = "; ".join(f"{candidate}: {_MISSING[candidate]}" for candidate in PREFERENCE[device.type])
+    raise ValueError(f"{name}: no backend for tensors on {device} ({reasons}); use logits.cpu()")
 
 
 def check(name: str, backend: str, device: torch.device) -> None:
@@ -32,11 +78,19 @@ def check(name: str, backend: str, device: torch.device) -> None:
             f"{name}: backend={backend!r} cannot be had: {_MISSING[backend]}; "
             "use backend=None for what fits the tensors"
         )
-    if device.type not in _DEVICE_TYPES[backend]:
+    if device.type in DEVICES[backend]:
+        return
+    if backend == "triton" and device.type == "cpu":
+        if _INTERPRETED:
+            return
         raise ValueError(
-            f"{name}: backend={backend!r} works on {' or '.join(_DEVICE_TYPES[backend])} tensors, got logits on "
-            f"{device}; use logits.to({_DEVICE_TYPES[backend][0]!r}) or backend=None"
+            f"{name}: backend='triton' on CPU tensors runs Triton's interpreter, which is slow, for tests, and off; "
+            "set TRITON_INTERPRET=1 in the environment before the program starts, or use backend=None"
         )
+    raise ValueError(
+        f"{name}: backend={backend!r} works on {' or '.join(DEVICES[backend])} tensors, got logits on "
+        f"{device}; use logits.to({DEVICES[backend][0]!r}) or backend=None"
+    )
 
 
 def empty_cache() -> None:
@@ -63,7 +117,7 @@ def report() -> dict[str, object]:
         "compiler": _native.compiler(),
         "instruction_set": _native.isa(),
         "threads": torch.get_num_threads(),
-        "backends": {name: _MISSING.get(name, "available") for name in BACKENDS},
+        "backends": {name: _why_missing(name) or "available" for name in BACKENDS},
     }
 
 

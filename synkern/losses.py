@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from . import _checks, backends
-from ._autograd import row_loss
+from ._autograd import WIRINGS
 from ._kinds import LOG_ZERO, check_range
 from ._schema import RATIO_ROW, REDUCTIONS, LossKind, accumulate_dtype
 
 Number = float | int
+
+_NATIVE = WIRINGS["synkern"]
 
 _COMMON_ARGUMENTS = """
     Args:
@@ -91,8 +93,9 @@ def _call(
     _checks.check_inputs(name, logits, target)
     if normalizer is not None or reduction not in REDUCTIONS:
         _checks.check_reduction(name, reduction, normalizer)
-    if backend is not None:
-        backends.check(name, backend, logits.device)
+    wiring = _NATIVE
+    if backend is not None or not logits.is_cpu:
+        wiring = WIRINGS[backends.choose(name, backend, logits.device)]
     shape, dtype = target.shape, accumulate_dtype(logits.dtype)
     if sample_weight is not None:
         _checks.check_operand(name, "sample_weight", sample_weight, logits, target)
@@ -110,7 +113,11 @@ def _call(
         logits, target, sample_weight, ratio, class_weight, kind, p0, p1, p2, label_smoothing, z_loss, ignore_index,
         REDUCTIONS["sum" if divided else reduction],
     )
-    loss, weights = (row_loss(*arguments), None) if not return_weights else _with_weights(arguments, shape)
+    if return_weights:
+        loss, statistics = wiring.operator(*arguments)
+        weights = statistics[RATIO_ROW].detach().reshape(shape)
+    else:
+        loss, weights = wiring.row_loss(*arguments), None
     if divided:
         if normalizer is None:
             kept = target != ignore_index
@@ -119,11 +126,6 @@ def _call(
     elif reduction == "none" and loss.shape != shape:
         loss = loss.reshape(shape)
     return (loss, weights) if return_weights else loss
-
-
-def _with_weights(arguments: tuple[Any, ...], shape: torch.Size) -> tuple[Tensor, Tensor]:
-    loss, statistics = torch.ops.synkern.row_loss.default(*arguments)
-    return loss, statistics[RATIO_ROW].detach().reshape(shape)
 
 
 @_documented

@@ -33,7 +33,8 @@ class Case:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu" if self.backend == "cpu" else "cuda")
+        """Where its tensors are; Triton's interpreter takes those of the CPU."""
+        return torch.device("cuda" if self.backend != "cpu" and torch.cuda.is_available() else "cpu")
 
     @property
     def effective_options(self) -> dict[str, Any]:

@@ -11,6 +11,19 @@ import torch
 from hypothesis import HealthCheck, settings
 from paths import DATA
 
+# Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before anything imports triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``-m gpu`` picks every test that a GPU backend is a parameter of, beside those that are marked themselves."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if any(getattr(value, "device", None) == torch.device("cuda") for value in parameters.values()):
+            item.add_marker(pytest.mark.gpu)
+
+
 # Derandomised, so that a run of the suite is a statement about the code and not about the draw.
 settings.register_profile(
     "synkern", deadline=None, derandomize=True, max_examples=20, suppress_health_check=[HealthCheck.too_slow]

@@ -22,13 +22,13 @@ typer_testing = pytest.importorskip("typer.testing", reason="the harness needs t
 pytest.importorskip("matplotlib", reason="the harness needs the packages of the dev extra")
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import devices, goals, memory, peers, report, results, timing  # noqa: E402
+from benchmarks import contraction, devices, goals, memory, peers, report, results, runner, timing  # noqa: E402
 from benchmarks.cases import MODES, Case, cases, make_problem  # noqa: E402
 from benchmarks.checks import WrongResult, check  # noqa: E402
 
 CPU = torch.device("cpu")
 # Compiling takes seconds a case; the smoke benchmark does it.
-QUICK_PEERS = [peer for peer in peers.PEERS.values() if peer.name != "compile"]
+QUICK_PEERS = [peer for peer in peers.PEERS.values() if peer.name != "compile" and "cpu" in peer.devices]
 
 
 @pytest.fixture(autouse=True)
@@ -218,6 +218,91 @@ def test_the_command_reports_nothing_on_wrong_numbers(tmp_path: Path, monkeypatc
     assert run.exit_code == 1
     assert "eager, dimp 5x3 float32, train: value is off" in run.output
     assert not list(tmp_path.iterdir())
+
+
+def test_problems_of_a_case_share_their_compiled_code() -> None:
+    first, second = (make_problem(small(), CPU, seed) for seed in (0, 1))
+    assert peers._compiled(first) is peers._compiled(second)
+    assert peers._compiled(make_problem(small("focal"), CPU)) is not peers._compiled(first)
+
+
+def test_calls_go_round_and_start_again() -> None:
+    called: list[int] = []
+    call = runner.in_rotation([lambda i=i: called.append(i) for i in range(3)])
+    for _ in range(7):
+        call()
+    assert called == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_a_gpu_goes_round_as_many_inputs_as_its_cache_would_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = type("Properties", (), {"L2_cache_size": 50_000_000})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    gpu = devices.DEVICES["cuda"]
+    assert gpu.copies(400_000_000) == 1
+    assert gpu.copies(32_000_000) == 7
+    assert gpu.copies(4) == 32
+
+
+def test_a_peer_that_overwrites_its_logits_is_checked_on_fresh_ones() -> None:
+    class Overwriting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+            n = len(logits)
+            loss = torch.nn.functional.cross_entropy(logits, target)
+            logits.data.copy_((logits.softmax(1) - torch.nn.functional.one_hot(target, logits.shape[1])) / n)
+            ctx.gradient = logits.detach().clone()
+            return loss
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+            return ctx.gradient * grad, None
+
+    problem = make_problem(Case("cross_entropy", 8, 6, "float32", "train"), CPU)
+    before = problem.logits.detach().clone()
+    step = peers._overwriting_step(problem, lambda logits, target: Overwriting.apply(logits, target))
+    step.run()
+    check(peers.PEERS["cross_entropy"], step, problem, {})
+    check(peers.PEERS["cross_entropy"], step, problem, {})
+    assert torch.equal(problem.logits.detach(), before)
+
+
+def test_goals_of_a_gpu() -> None:
+    case = Case("dimp", 8192, 32000, "bfloat16", "train")
+    fast = record(case, "synkern", 0.11, times={"floor": 1.1, "cross_entropy": 0.4, "compile": 0.5, "quack": 1.05})
+    verdicts = {v.asked: (v.measured, v.met) for v in goals.judge([fast], goals.CUDA_GOALS)}
+    assert verdicts["at least 88 % of the rate of copy"] == ("91 %", True)
+    assert verdicts["at most 1 of the time of quack"] == ("1.05", False)
+    assert "at most 1 of the time of liger" not in verdicts, "which was not measured"
+    small = Case("dimp", 32, 3, "float32", "train")
+    slow = [v for v in goals.judge([record(small, "synkern graph", 12e-6)], goals.CUDA_GOALS) if "us" in v.asked]
+    assert [(v.asked, v.measured, v.met) for v in slow] == [("at most 10 us", "12.00 us", False)]
+
+
+def test_a_curve_is_drawn_where_rows_have_several_lengths(tmp_path: Path) -> None:
+    records = [
+        record(Case("dimp", 8, c, "float32", "train"), peer, seconds)
+        for c in (10, 100, 1000) for peer, seconds in (("synkern", 0.2), ("copy", 0.1))
+    ]  # fmt: skip
+    paths = report.save(report.Report({}, records, {}, []), tmp_path, "run")
+    assert paths[-1].name == "run-rates.png"
+    assert paths[-1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_contraction_is_checked_measured_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = timing.Plan(seconds=0, sample_seconds=0, least_rounds=2)
+    text, data = contraction.run("cpu", {"torch": "x"}, plan, tmp_path, smoke=True)
+    assert "of the matrix rate" in text.read_text()
+    assert set(json.loads(data.read_text())["results"]) == {"float32", "bfloat16"}
+    wrong = {"product, then row dots": lambda: torch.ones(3), "synkern": lambda: torch.full((3,), 1.1)}
+    with pytest.raises(WrongResult, match="contraction, float32"):
+        contraction.check(wrong, "float32")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_command_says_that_there_is_no_gpu() -> None:
+    run = invoke("--device", "cuda")
+    assert run.exit_code == 2
+    assert "nothing to measure on 'cuda'" in run.output
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ enum class RowClass {
 };
 
 constexpr int warp_lanes = 32;
-constexpr int most_warps = 16;  // of a block
+constexpr int most_warps = 12;  // of a block: two of them, or three of 8 warps, leave a thread 80 registers
 constexpr int most_threads = most_warps * warp_lanes;
 
 struct Sums {

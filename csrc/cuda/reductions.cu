@@ -128,11 +128,11 @@ cudaError_t scale_float32(float* x, int64_t n, const float* factor, Stream strea
                 factor);
 }
 
-bool sums_class_weights(const Rows& r) { return r.class_weight && r.loss.label_smoothing != 0.0; }
-
 }  // namespace
 
-bool needs_scratch(const Rows& r) { return sums_class_weights(r) || !row_launchers(r.dtype).alone(r); }
+bool sums_class_weights(const Rows& r) { return r.class_weight && r.loss.label_smoothing != 0.0; }
+
+bool takes_one_launch(const Rows& r) { return row_launchers(r.dtype).alone(r); }
 
 cudaError_t take_class_weights(DeviceRows& p, double* scratch, cudaStream_t stream) {
   p.class_weight_sum = nullptr;

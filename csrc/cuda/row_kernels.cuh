@@ -329,7 +329,13 @@ __device__ __forceinline__ RowStatistics reduce_stream(const Group<acc_t<T>, C>&
 // Threads of a block at most, and blocks on a multiprocessor at least: the registers that a thread may have follow.
 constexpr int warp_class_rows = 4;  // of a block
 constexpr int threads_of(RowClass c) { return c == RowClass::warp ? warp_class_rows * warp_lanes : most_threads; }
-constexpr int blocks_of(RowClass c, size_t element) { return element == 8 ? 1 : c == RowClass::warp ? 6 : 2; }
+constexpr int blocks_of(RowClass c, size_t element) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return element == 8 || c != RowClass::warp ? 1 : 4;  // its double-precision functions take more registers
+#else
+  return element == 8 ? 1 : c == RowClass::warp ? 6 : 2;
+#endif
+}
 
 // What a block's threads share of its row.
 template <typename A>

@@ -70,8 +70,9 @@ const RowLaunchers& row_launchers(DType dtype);
 
 // Numbers of device memory that an operator's launches pass on to each other.
 constexpr int64_t scratch_numbers = 2 * most_partials + 1;
-// Whether forward needs them.
-bool needs_scratch(const Rows&);
+// What needs them: class weights beside label smoothing, and a forward pass of more than one launch.
+bool sums_class_weights(const Rows&);
+bool takes_one_launch(const Rows&);
 
 // Fills in class_weight_sum where the loss asks for it.
 cudaError_t take_class_weights(DeviceRows&, double* scratch, cudaStream_t);

@@ -55,12 +55,22 @@ SYNKERN_INLINE Scalar<T> generalized_cross_entropy(T t, T q, T truncation) {
   return {-std::expm1(q * at) / q, -power, -q * power, T(1)};
 }
 
+// x^y for x in [0, 1]
+template <typename T>
+SYNKERN_INLINE T power(T x, T y) {
+#ifdef __CUDA_ARCH__
+  return std::exp(y * std::log(x));  // off by y log(x) in ulp; pow is a call, around which registers are spilled
+#else
+  return std::pow(x, y);
+#endif
+}
+
 // f = -(1 - p)^gamma t. With u = 1 - p, t / u stays finite as p -> 1 (its limit is -1) and p t as p -> 0, so the
 // slope is written in those two: u^(gamma - 1) alone is infinite at t = 0 for gamma < 1.
 template <typename T>
 SYNKERN_INLINE Scalar<T> focal(T t, T gamma, bool detach_modulation) {
   const T p = std::exp(t), u = -std::expm1(t);
-  const T modulation = gamma == T(0) ? T(1) : std::pow(u, gamma);
+  const T modulation = gamma == T(0) ? T(1) : power(u, gamma);
   const T value = modulation == T(0) ? T(0) : -modulation * t;
   if (detach_modulation || gamma == T(0)) return {value, -modulation, T(0), T(1)};
   const T pt = p == T(0) ? T(0) : p * t;

@@ -4,32 +4,16 @@
 #include <memory>
 
 #include "core/contraction.h"
-#include "torch/tensors.h"
+#include "torch/contraction_operands.h"
 
 namespace synkern {
 namespace {
 
-void check_rows(const Tensor& x, const char* name, int64_t rows) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == rows, "synkern: ", name, " must have shape (", rows, ", ...)");
-}
-
-void check_same_type(const Tensor& x, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), "synkern: ", name, " must have the dtype of b");
-}
-
 // Which sample a row belongs to.
 class Samples {
  public:
-  Samples(const MaybeTensor& sample, int64_t samples, int64_t rows) : samples_(samples), rows_(rows) {
-    if (sample.has_value()) {
-      STD_TORCH_CHECK(sample->dim() == 1 && sample->size(0) == rows && sample->scalar_type() == ScalarType::Long,
-                      "synkern: sample must be int64 of shape (", rows, ",)");
-      index_ = as_contiguous(*sample);
-    } else {
-      STD_TORCH_CHECK(samples > 0 ? rows % samples == 0 : rows == 0, "synkern: ", rows,
-                      " rows cannot be split into ", samples, " equal samples; pass the sample of each row");
-    }
-  }
+  Samples(const MaybeTensor& sample, int64_t samples, int64_t rows)
+      : samples_(samples), rows_(rows), index_(sample_index(sample, samples, rows)) {}
 
   // In row order, in double: the same bits whatever the number of threads.
   Tensor sum(const double* by_row, const Tensor& like) const {
@@ -68,25 +52,17 @@ Tensor sum_by_sample(const Samples& samples, const Tensor& b, int64_t work, cons
   return samples.sum(by_row.get(), b);
 }
 
-Tensor linear_contraction(const Tensor& a_, const Tensor& b_, const Tensor& v_, MaybeTensor v_bias_,
-                          MaybeTensor sample, int64_t samples) {
-  check_rows(b_, "b", b_.size(0));
-  check_rows(a_, "a", b_.size(0));
-  check_same_type(a_, "a", b_);
-  STD_TORCH_CHECK(v_.dim() == 2 && v_.size(0) == b_.size(1) && v_.size(1) == a_.size(1),
-                  "synkern: v must have shape (outputs, inputs) = (", b_.size(1), ", ", a_.size(1), ")");
-  STD_TORCH_CHECK(v_.scalar_type() == b_.scalar_type() || v_.scalar_type() == accumulate_type(b_),
-                  "synkern: v must have the dtype of b, or float32");
-  const Matrix a = matrix(a_), b = matrix(b_), v = matrix(v_);
-  const MaybeTensor v_bias = vector(v_bias_, "v_bias", b_.size(1), accumulate_type(b_));
-  LinearContraction layer{dtype_of(b_, "b"), a.tensor.const_data_ptr(), b.tensor.const_data_ptr(), nullptr,
-                          data_of(v_bias), a.stride, b.stride, a_.size(1), b_.size(1)};
+Tensor linear_contraction(const Tensor& a, const Tensor& b, const Tensor& v, MaybeTensor v_bias, MaybeTensor sample,
+                          int64_t samples) {
+  const LinearOperands o(a, b, v, v_bias);
+  LinearContraction layer{dtype_of(b, "b"), o.a.tensor.const_data_ptr(), o.b.tensor.const_data_ptr(), nullptr,
+                          data_of(o.v_bias), o.a.stride, o.b.stride, o.inputs, o.outputs};
   const ContractionKernels& kernels = contraction_kernels();
-  const Tensor packed = new_tensor(b_, {kernels.packed_size(layer.outputs, layer.inputs)}, accumulate_type(b_));
-  kernels.pack(dtype_of(v_, "v"), v.tensor.const_data_ptr(), v.stride, layer.outputs, layer.inputs,
+  const Tensor packed = new_tensor(b, {kernels.packed_size(layer.outputs, layer.inputs)}, accumulate_type(b));
+  kernels.pack(dtype_of(v, "v"), o.v.tensor.const_data_ptr(), o.v.stride, layer.outputs, layer.inputs,
                packed.mutable_data_ptr());
   layer.packed = packed.const_data_ptr();
-  return sum_by_sample(Samples(sample, samples, b_.size(0)), b_, layer.inputs * layer.outputs,
+  return sum_by_sample(Samples(sample, samples, o.rows), b, layer.inputs * layer.outputs,
                        [&](double* out, int64_t begin, int64_t end) { kernels.linear(layer, out, begin, end); });
 }
 
@@ -97,41 +73,26 @@ void check_index(const Tensor& index, int64_t entries) {
                     ", expected one of ", entries, " entries of v");
 }
 
-Tensor embedding_contraction(const Tensor& index_, const Tensor& b_, const Tensor& v_, MaybeTensor sample,
+Tensor embedding_contraction(const Tensor& index, const Tensor& b, const Tensor& v, MaybeTensor sample,
                              int64_t samples) {
-  check_rows(b_, "b", b_.size(0));
-  check_same_type(v_, "v", b_);
-  STD_TORCH_CHECK(index_.dim() == 1 && index_.size(0) == b_.size(0) && index_.scalar_type() == ScalarType::Long,
-                  "synkern: index must be int64 of shape (", b_.size(0), ",)");
-  STD_TORCH_CHECK(v_.dim() == 2 && v_.size(1) == b_.size(1), "synkern: v must have shape (entries, ", b_.size(1), ")");
-  const Tensor index = as_contiguous(index_);
-  check_index(index, v_.size(0));
-  const Matrix b = matrix(b_), v = matrix(v_);
-  const EmbeddingContraction layer{dtype_of(b_, "b"), static_cast<const int64_t*>(index.const_data_ptr()),
-                                   b.tensor.const_data_ptr(), v.tensor.const_data_ptr(), b.stride, v.stride,
-                                   b_.size(1)};
+  const EmbeddingOperands o(index, b, v);
+  check_index(o.index, o.entries);
+  const EmbeddingContraction layer{dtype_of(b, "b"), static_cast<const int64_t*>(o.index.const_data_ptr()),
+                                   o.b.tensor.const_data_ptr(), o.v.tensor.const_data_ptr(), o.b.stride, o.v.stride,
+                                   o.width};
   return sum_by_sample(
-      Samples(sample, samples, b_.size(0)), b_, 4 * layer.width,
+      Samples(sample, samples, o.rows), b, 4 * layer.width,
       [&](double* out, int64_t begin, int64_t end) { contraction_kernels().embedding(layer, out, begin, end); });
 }
 
-Tensor norm_contraction(const Tensor& x_, const Tensor& b_, MaybeTensor mean_, const Tensor& rstd_,
-                        MaybeTensor v_weight_, MaybeTensor v_bias_, MaybeTensor sample, int64_t samples) {
-  check_rows(b_, "b", b_.size(0));
-  check_rows(x_, "x", b_.size(0));
-  check_same_type(x_, "x", b_);
-  STD_TORCH_CHECK(x_.size(1) == b_.size(1), "synkern: x and b must have the same shape");
-  const ScalarType type = accumulate_type(b_);
-  const int64_t rows = b_.size(0), width = b_.size(1);
-  const Matrix x = matrix(x_), b = matrix(b_);
-  const MaybeTensor mean = vector(mean_, "mean", rows, type), v_weight = vector(v_weight_, "v_weight", width, type),
-                    v_bias = vector(v_bias_, "v_bias", width, type);
-  const Tensor rstd = vector(rstd_, "rstd", rows, type);
-  const NormContraction layer{dtype_of(b_, "b"),   x.tensor.const_data_ptr(), b.tensor.const_data_ptr(), data_of(mean),
-                              rstd.const_data_ptr(), data_of(v_weight),       data_of(v_bias),           x.stride,
-                              b.stride,            width};
+Tensor norm_contraction(const Tensor& x, const Tensor& b, MaybeTensor mean, const Tensor& rstd, MaybeTensor v_weight,
+                        MaybeTensor v_bias, MaybeTensor sample, int64_t samples) {
+  const NormOperands o(x, b, mean, rstd, v_weight, v_bias);
+  const NormContraction layer{dtype_of(b, "b"), o.x.tensor.const_data_ptr(), o.b.tensor.const_data_ptr(),
+                              data_of(o.mean), o.rstd.const_data_ptr(), data_of(o.v_weight), data_of(o.v_bias),
+                              o.x.stride, o.b.stride, o.width};
   return sum_by_sample(
-      Samples(sample, samples, rows), b_, 8 * width,
+      Samples(sample, samples, o.rows), b, 8 * o.width,
       [&](double* out, int64_t begin, int64_t end) { contraction_kernels().norm(layer, out, begin, end); });
 }
 

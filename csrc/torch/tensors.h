@@ -41,9 +41,9 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
   int64_t strides[2] = {1, 1};
   if (sizes.size() == 2) strides[0] = sizes.begin()[1] > 0 ? sizes.begin()[1] : 1;
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       int64_t(sizes.size()), sizes.begin(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
       device_type, like.get_device_index(), &handle));
   return Tensor(handle);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from synkern.cli.info import info
+from synkern.cli.reweight import reweight
 from synkern.cli.train import demo, train
 
 app = typer.Typer(
@@ -15,5 +16,6 @@ app = typer.Typer(
     help="Losses that weigh every row, and the published training methods built on them.",
 )
 app.command()(train)
+app.command()(reweight)
 app.command()(demo)
 app.command()(info)

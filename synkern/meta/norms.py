@@ -72,6 +72,8 @@ def _share(b: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, directions: 
 class LayerNormRule(Rule):
     """nn.LayerNorm."""
 
+    one_input = True
+
     def forward(self, layer: Layer, x: Tensor) -> Tensor:  # type: ignore[override]
         return layer.see(_LayerNorm.apply(layer, layer.anchor, _autocast_norm(x), *layer.tensors))
 
@@ -115,6 +117,7 @@ class _RMSNorm(torch.autograd.Function):
 class RMSNormRule(Rule):
     """nn.RMSNorm, and the class of that kind that decoder models of transformers bring along."""
 
+    one_input = True
     names = ("weight",)
 
     def __init__(self, eps: str = "eps", round_first: bool = False) -> None:
@@ -189,6 +192,8 @@ class _GroupNorm(torch.autograd.Function):
 class GroupNormRule(Rule):
     """nn.GroupNorm."""
 
+    one_input = True
+
     def forward(self, layer: Layer, x: Tensor) -> Tensor:  # type: ignore[override]
         return layer.see(_GroupNorm.apply(layer, layer.anchor, _autocast_norm(x), *layer.tensors))
 
@@ -216,6 +221,8 @@ class _FrozenBatchNorm(torch.autograd.Function):
 
 class BatchNormRule(Rule):
     """Batch normalisation in eval mode; with the batch's own statistics the engine refuses any model."""
+
+    one_input = True
 
     def forward(self, layer: Layer, x: Tensor) -> Tensor:  # type: ignore[override]
         return layer.see(_FrozenBatchNorm.apply(layer, layer.anchor, x, *layer.tensors))

@@ -1,4 +1,4 @@
-"""The rule of nn.LSTM and nn.GRU: a forward pass with their results, and a backward that has the gradients of the gates.
+"""The rule of nn.LSTM and nn.GRU: a forward with their results, and a backward that has the gradients of the gates.
 
 With b_t the gradient at the gates' inputs W_ih x_t + W_hh h_{t-1} + biases, both weights are linear layers: their share
 of a score is sum_t <b_t, V_ih x_t + V_hh h_{t-1} + v_ih + v_hh>. The LSTM's steps run in native kernels on the CPU. On
@@ -116,9 +116,8 @@ def _lstm_backward(
     """
     n, length, units = steps.h.shape
     if gates.device.type == "cpu":
-        flat = gates.view(n, length, -1)
         given = (None if x is None else x.to(gates.dtype) for x in (grad_output, grad_cells))
-        return torch.ops.synkern.lstm_backward.default(flat, cells, steps.w_hh, *given)
+        return torch.ops.synkern.lstm_backward.default(gates.view(n, length, -1), cells, steps.w_hh, *given)
     grad = torch.empty_like(gates)
     dh, dc = (gates.new_zeros(n, units) for _ in range(2))
     squashed, through = torch.empty_like(dh), torch.empty_like(dh)

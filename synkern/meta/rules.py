@@ -40,15 +40,14 @@ class Layer:
     """
 
     __slots__ = (
-        "directions", "engine", "has_direction", "module", "name", "needs", "original", "parameters", "tensors",
-        "verified",
+        "directions", "engine", "has_direction", "module", "name", "needs", "parameters", "tensors", "verified",
     )  # fmt: skip
 
     def __init__(
         self, engine: Any, name: str, module: nn.Module, parameters: Gradients, directions: Gradients,
         verified: set[Layout],
     ) -> None:  # fmt: skip
-        self.engine, self.name, self.module, self.original = engine, name, module, module.forward
+        self.engine, self.name, self.module = engine, name, module
         self.parameters, self.directions, self.verified = parameters, directions, verified
         self.tensors = tuple(engine.inputs(parameters))
         self.needs = tuple(p is not None and p.requires_grad for p in parameters)
@@ -114,6 +113,7 @@ class Rule:
     """How one kind of module is captured. Register an instance in ``RULES`` under the module's class."""
 
     names: tuple[str, ...] = ("weight", "bias")
+    one_input = False  # whether forward takes one argument, by whatever name a caller gives it
 
     def parameter_names(self, module: nn.Module) -> tuple[str, ...]:
         """Attributes that hold the module's own parameters, in the order of ``Layer.tensors``; some may be None."""
@@ -306,6 +306,8 @@ def _finish_linear(layer: Layer, cotangent: Tensor, a: Tensor, b: Tensor, transp
 class LinearRule(Rule):
     """nn.Linear, and transformers' Conv1D, whose weight is stored (inputs, outputs)."""
 
+    one_input = True
+
     def __init__(self, transposed: bool = False) -> None:
         self.transposed = transposed
 
@@ -359,6 +361,8 @@ class _Convolution(torch.autograd.Function):
 
 class ConvolutionRule(Rule):
     """nn.Conv1d, nn.Conv2d, nn.Conv3d."""
+
+    one_input = True
 
     def forward(self, layer: Layer, x: Tensor) -> Tensor:  # type: ignore[override]
         module: Any = layer.module
@@ -414,6 +418,7 @@ class EmbeddingRule(Rule):
     """nn.Embedding. One row of indices for all samples, such as positions (1, T) or (T,), is repeated for each sample:
     its gradient would otherwise arrive summed over them."""
 
+    one_input = True
     names = ("weight",)
 
     def reason(self, module: Any) -> str | None:

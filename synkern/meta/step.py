@@ -218,7 +218,7 @@ class ScoredStep:
         """The scores, compared with those of the check, once."""
         assert self._run is not None and self._unit is not None
         if self._scores is None:
-            total = self._run.total(self._unit.device)
+            total = self._run.shares(self._unit.device).sum(0)
             self._scores = total / self._unit.to(total.dtype)
             check, self._check = self._check, None
             if check is not None:

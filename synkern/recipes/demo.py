@@ -13,8 +13,8 @@ import pandas as pd
 
 from synkern.recipes.data import LabelledText, LabelSet
 from synkern.recipes.errors import RecipeError
+from synkern.recipes.runs import write_rows
 from synkern.recipes.settings import TrainSettings
-from synkern.recipes.train import write_rows
 
 LABELS = LabelSet(("negative", "positive"))
 SIZES = {"train": 1200, "real": 500, "test": 800}

@@ -95,6 +95,11 @@ class EncodedText:
             inputs[name] = padded.to(device)
         return inputs, self.target[torch.as_tensor(rows)].to(device)
 
+    def take(self, rows: np.ndarray) -> EncodedText:
+        """The given rows, in the given order."""
+        features = {name: [values[row] for row in rows] for name, values in self.features.items()}
+        return EncodedText(features, self.target[torch.as_tensor(rows)], self.padding)
+
     def fingerprint(self) -> str:
         """SHA-256 of tokens and targets."""
         digest = hashlib.sha256(json.dumps(self.features).encode())
@@ -222,14 +227,15 @@ def word_tokenizer(texts: Sequence[str], max_words: int = 50_000) -> Any:
     )
 
 
-def model_family(name: str, max_length: int, train: LabelledText, real: LabelledText) -> ModelFamily:
+def model_family(name: str, max_length: int, train: LabelledText, *others: LabelledText) -> ModelFamily:
     """Tokenizer and builder of the named model.
 
     Args:
         name: "bilstm", or a transformers model by folder or id. The BiLSTM's vocabulary is taken from the texts of
-            ``train`` and ``real``.
+            ``train`` and ``others``.
         max_length: number of tokens at which a row is cut.
-        train, real: the data the models will be fitted on.
+        train: the data the models will be fitted on; it says which labels there are.
+        others: further data to fit on.
 
     Raises:
         RecipeError: no such model.
@@ -237,7 +243,7 @@ def model_family(name: str, max_length: int, train: LabelledText, real: Labelled
     if name == BILSTM:
         texts = [
             text
-            for data in (train, real)
+            for data in (train, *others)
             for column in ("text", "text_pair")
             if column in data.frame
             for text in data.frame[column]
@@ -258,6 +264,15 @@ def model_family(name: str, max_length: int, train: LabelledText, real: Labelled
                 "model such as BERT"
             )
     return ModelFamily(name, tokenizer, train.labels, max_length, train.paired)
+
+
+def tensor_hash(model: nn.Module) -> str:
+    """SHA-256 of the model's class and of all its parameters and buffers."""
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -289,10 +304,10 @@ class Classifier:
 
 
 def load_classifier(folder: str | Path) -> Classifier:
-    """Load a model that ``synkern train`` saved.
+    """Load a model that ``synkern train`` or ``synkern reweight`` saved.
 
     Args:
-        folder: a folder below ``models`` in the output of ``synkern train``.
+        folder: a folder below ``models`` in the output of either command.
 
     Raises:
         RecipeError: the folder holds no such model.
@@ -302,7 +317,7 @@ def load_classifier(folder: str | Path) -> Classifier:
     folder = Path(folder)
     if not (folder / _DESCRIPTION).is_file():
         raise RecipeError(
-            f"load_classifier: expected a model saved by `synkern train` in {folder}, got no "
+            f"load_classifier: expected a model saved by `synkern train` or `synkern reweight` in {folder}, got no "
             f"{_DESCRIPTION} there; give a folder such as runs/dimp/models/dimp-seed0"
         )
     description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))

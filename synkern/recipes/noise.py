@@ -1,4 +1,4 @@
-"""Noise of a known kind in clean training data (003, Appendix G.1)."""
+"""Noise of a known kind in clean training data (003, Appendix G.1; 000, Appendix L)."""
 
 from __future__ import annotations
 
@@ -29,19 +29,48 @@ def add_noise(frame: pd.DataFrame, num_classes: int, seed: int = 0) -> pd.DataFr
 
     Source: 003, Appendix G.1.
     """
-    if num_classes < 2:
-        raise ValueError(f"add_noise: expected at least 2 classes, got {num_classes}; no label could be changed")
     generator = np.random.default_rng(seed)
     group = generator.permutation(np.arange(len(frame)) % len(GROUPS))
     noisy = frame.reset_index(drop=True)
     noisy["noise"] = np.array(GROUPS)[group]
-    noisy["true_label"] = noisy["label"]
-    # adding 1 .. num_classes - 1 modulo num_classes reaches every other label once
-    shift = generator.integers(1, num_classes, size=len(noisy))
-    swapped = group == GROUPS.index(SWAPPED)
-    noisy["label"] = np.where(swapped, (noisy["label"].to_numpy() + shift) % num_classes, noisy["label"].to_numpy())
+    noisy = _relabel(noisy, group == GROUPS.index(SWAPPED), num_classes, generator)
     noisy = pd.concat([noisy, noisy[group == GROUPS.index(DUPLICATED)]], ignore_index=True)
     return noisy.iloc[generator.permutation(len(noisy))].reset_index(drop=True)
+
+
+def flip_labels(frame: pd.DataFrame, share: float, num_classes: int, seed: int = 0) -> pd.DataFrame:
+    """Give a share of the rows, chosen at random, another label than their own.
+
+    Args:
+        frame: rows with an integer column ``label`` in [0, num_classes).
+        share: of rows to relabel, from 0 to 1; the number of rows is rounded.
+        num_classes: number of classes, at least 2; each of the others is the new label with the same probability.
+        seed: of the choice and the new labels.
+
+    Returns:
+        The rows in their order, with one more column ``true_label``, the label before.
+
+    Raises:
+        ValueError: fewer than 2 classes, or a share outside [0, 1].
+
+    Source: 000, Appendix L (30 % uniform label noise).
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"flip_labels: expected a share from 0 to 1, got {share}")
+    generator = np.random.default_rng(seed)
+    chosen = np.zeros(len(frame), dtype=bool)
+    chosen[generator.permutation(len(frame))[: round(share * len(frame))]] = True
+    return _relabel(frame.reset_index(drop=True), chosen, num_classes, generator)
+
+
+def _relabel(frame: pd.DataFrame, chosen: np.ndarray, num_classes: int, generator: np.random.Generator) -> pd.DataFrame:
+    """Another label for the chosen rows, each with the same probability; the old labels become the truth."""
+    if num_classes < 2:
+        raise ValueError(f"noise: expected at least 2 classes, got {num_classes}; no label could be changed")
+    label = frame["label"].to_numpy()
+    # adding 1 .. num_classes - 1 modulo num_classes reaches every other label once
+    shift = generator.integers(1, num_classes, size=len(frame))
+    return frame.assign(true_label=label, label=np.where(chosen, (label + shift) % num_classes, label))
 
 
 def known_groups(frame: pd.DataFrame) -> pd.Series | None:

@@ -11,18 +11,20 @@ class Progress:
     """Two bars on standard error, shown in a terminal only; messages are printed above them.
 
     Args:
-        total: steps of everything that will be trained.
         show: False hides bars and messages.
     """
 
-    def __init__(self, total: int = 0, show: bool = True) -> None:
+    def __init__(self, show: bool = True) -> None:
         self._show = show
         # disable=None hides a bar where standard error is not a terminal
         self._disable = None if show else True
-        self._overall = tqdm(
-            total=total, desc="all", unit="step", position=0, disable=self._disable, dynamic_ncols=True
-        )
+        self._overall = tqdm(total=0, desc="all", unit="step", position=0, disable=self._disable, dynamic_ncols=True)
         self._epoch: tqdm | None = None
+
+    def expect(self, steps: int) -> None:
+        """Say how many steps everything that will be trained has."""
+        self._overall.total = steps
+        self._overall.refresh()
 
     def skip(self, steps: int) -> None:
         """Count steps that an earlier run did, without letting them into the estimate of the time left."""

@@ -100,9 +100,9 @@ class Report:
     def _summary(self, method: str) -> dict[str, Any]:
         runs = self.of(method)
         return {
-            "last_epoch": _spreads([run.epochs[-1] for run in runs]),
-            "best_epoch_on_real": _spreads([run.best_on_real for run in runs]),
-            "by_epoch": [_spreads(list(records)) for records in zip(*(run.epochs for run in runs), strict=True)],
+            "last_epoch": spreads([run.epochs[-1] for run in runs]),
+            "best_epoch_on_real": spreads([run.best_on_real for run in runs]),
+            "by_epoch": [spreads(list(records)) for records in zip(*(run.epochs for run in runs), strict=True)],
         }
 
 
@@ -112,7 +112,8 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": float(np.mean(values)), "std": deviation, "min": float(min(values)), "max": float(max(values))}
 
 
-def _spreads(records: list[dict[str, Any]]) -> dict[str, Any]:
+def spreads(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """:func:`spread` of test accuracy, macro F1 and loss."""
     return {name: spread([record["test"][name] for record in records]) for name in ("accuracy", "macro_f1", "loss")}
 
 
@@ -183,7 +184,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), line(rule), *map(line, rows)]) + "\n"
 
 
-def _cell(value: dict[str, float | None]) -> str:
+def cell(value: dict[str, float | None]) -> str:
+    """Mean and standard deviation in %."""
     deviation = "" if value["std"] is None else f" ± {100 * value['std']:.1f}"
     return f"{100 * (value['mean'] or 0.0):.1f}{deviation}"
 
@@ -195,11 +197,11 @@ def markdown(report: Report, results: dict[str, Any]) -> str:
     for method in report.methods:
         last, best = summary[method]["last_epoch"], summary[method]["best_epoch_on_real"]
         rows.append(
-            [method, _cell(last["accuracy"]), _cell(last["macro_f1"]), _cell(best["accuracy"]), _cell(best["macro_f1"])]
+            [method, cell(last["accuracy"]), cell(last["macro_f1"]), cell(best["accuracy"]), cell(best["macro_f1"])]
         )
     quality = [record["test"] for record in report.checkers if record["checker"] == "quality"]
     if quality:
-        scores = [_cell(spread([record[name] for record in quality])) for name in ("accuracy", "macro_f1")]
+        scores = [cell(spread([record[name] for record in quality])) for name in ("accuracy", "macro_f1")]
         rows.append(["quality checker (real rows only)", *scores, "", ""])
     seeds = len({run.seed for run in report.runs})
     spread_note = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
@@ -221,7 +223,7 @@ def markdown(report: Report, results: dict[str, Any]) -> str:
         markdown_table(
             ["method", *(str(record["epoch"]) for record in report.runs[0].epochs)],
             [
-                [method, *(_cell(epoch["accuracy"]) for epoch in summary[method]["by_epoch"])]
+                [method, *(cell(epoch["accuracy"]) for epoch in summary[method]["by_epoch"])]
                 for method in report.methods
             ],
         ),

@@ -21,6 +21,8 @@ from synkern.recipes.progress import Progress
 # seconds between two checkpoints inside an epoch, so that a kill in a long epoch costs little
 CHECKPOINT_INTERVAL = 300.0
 _EVALUATION_BATCH = 64
+# tokens in a batch without optimisation: few calls, and still in the caches
+_BATCH_TOKENS = 4096
 # rows are sorted by length within this many batches: little padding, and still a random order
 _BATCHES_PER_BUCKET = 50
 
@@ -72,6 +74,20 @@ def batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list
         rows = rows[np.argsort(lengths[rows], kind="stable")]
         result.extend(rows[first : first + batch_size] for first in range(0, len(rows), batch_size))
     return [result[index] for index in generator.permutation(len(result))]
+
+
+def sorted_batches(lengths: np.ndarray, rows: np.ndarray, tokens: int = _BATCH_TOKENS) -> list[np.ndarray]:
+    """The given rows sorted by length, in batches of about ``tokens`` tokens: fewest calls, hardly any padding.
+
+    For passes in which the order does not matter.
+    """
+    rows = rows[np.argsort(lengths[rows], kind="stable")]
+    result, start = [], 0
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or (end + 1 - start) * lengths[rows[end]] > tokens:
+            result.append(rows[start:end])
+            start = end
+    return result
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
@@ -135,6 +151,7 @@ class Fit:
             where it exists already, training goes on from it.
         evaluate: gives the entries of an epoch's record, after that epoch.
         progress: the bars.
+        announce: whether to print a line after every epoch.
     """
 
     def __init__(
@@ -150,13 +167,15 @@ class Fit:
         checkpoint: Path | None = None,
         evaluate: Callable[[nn.Module], dict[str, Any]] | None = None,
         progress: Progress | None = None,
+        announce: bool = True,
     ) -> None:
+        self.announce = announce
         self.model, self.data, self.row_loss, self.settings = model.to(device), data, row_loss, settings
         self.seed, self.name, self.device, self.checkpoint = seed, name, device, checkpoint
         self.evaluate, self.progress = evaluate, progress or Progress(show=False)
         kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         self.optimizer = kinds[settings.optimizer](
-            model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+            self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
         self.steps = steps_per_epoch(len(data), settings.batch_size)
         total = self.steps * settings.epochs
@@ -204,11 +223,13 @@ class Fit:
                 self._save()
             if stop.signum is not None:
                 raise Interrupted(stop.signum)
+        self.end_epoch()
         record = {"epoch": state.epoch + 1, "train_loss": state.loss_sum / self.steps}
         if self.evaluate is not None:
             record |= self.evaluate(self.model)
         state.history.append(record)
-        self.progress.write(f"{self.name} epoch {state.epoch + 1}/{self.settings.epochs}: {_describe(record)}")
+        if self.announce:
+            self.progress.write(f"{self.name} epoch {state.epoch + 1}/{self.settings.epochs}: {_describe(record)}")
         state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
         state.seconds += time.monotonic() - started
         self._save()
@@ -216,16 +237,48 @@ class Fit:
     def _step(self, rows: np.ndarray) -> float:
         inputs, target = self.data.batch(rows, self.device)
         index = torch.as_tensor(rows, device=self.device)
-        logits = logits_of(self.model, inputs)
-        loss, weight = self.row_loss(logits, target, index)
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        self.optimizer.step()
+        loss, weight, logits = self.update(inputs, target, index)
         self.scheduler.step()
         self.state.weight[self.state.epoch, index] = weight.float()
         self.state.probability[self.state.epoch, index] = log_probability(logits, target).exp().float()
         return loss.item()
+
+    def update(self, inputs: dict[str, Tensor], target: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One optimisation step; methods that need more than a loss of the logits override it.
+
+        Args:
+            inputs: of the model, {name: (n, T)}.
+            target: labels (n,).
+            index: row numbers (n,).
+
+        Returns:
+            The loss, the weights (n,) that the rows had in it, and the logits (n, C).
+        """
+        logits = logits_of(self.model, inputs)
+        loss, weight = self.row_loss(logits, target, index)
+        self.descend(loss)
+        return loss, weight, logits
+
+    def descend(self, loss: Tensor) -> None:
+        """Follow the clipped gradient of ``loss`` by one step of the optimizer."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.apply_gradients()
+
+    def apply_gradients(self) -> None:
+        """One step of the optimizer along the clipped gradients that the parameters hold."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        self.optimizer.step()
+
+    def end_epoch(self) -> None:
+        """Called after the last step of every epoch, before the evaluation; methods override it."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a method keeps beside model and optimizer, for the checkpoint."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`extra_state` gave."""
 
     def _save(self) -> None:
         if self.checkpoint is None:
@@ -240,6 +293,7 @@ class Fit:
                 "scheduler": self.scheduler.state_dict(),
                 "rng": torch.get_rng_state(),
                 "cuda_rng": cuda,
+                "extra": self.extra_state(),
             },
         )
 
@@ -251,6 +305,7 @@ class Fit:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
+        self.load_extra_state(saved["extra"])
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"] is not None:
             torch.cuda.set_rng_state(saved["cuda_rng"], self.device)

@@ -362,6 +362,30 @@ def test_arguments(arguments, error, match):
         step.reduce(**arguments(workload.losses()))
 
 
+def test_number_of_samples_given():
+    """Positions looked up before anything shows how many samples there are."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position, self.head = nn.Embedding(4, 7), nn.Linear(7, small.CLASSES)
+
+    def loss(model, batch):
+        position = model.position(torch.arange(4).unsqueeze(0))
+        return small.classifier_loss(model.head, {"x": (batch["x"] * position).sum(1), "target": batch["target"]})
+
+    workload = replace(small.on_features(nn.Identity(), 4, 7), model=Model(), loss=loss)
+    direction = small.direction_for(workload.model)
+    with pytest.raises(ValueError, match=r"'position' \(Embedding\)"), scored_step(workload.model, direction) as step:
+        step.reduce(workload.losses()).backward()
+    with scored_step(workload.model, direction, samples=small.SAMPLES) as step:
+        step.reduce(workload.losses()).backward()
+    assert small.relative_error(step.scores, small.reference_scores(workload, direction)) <= SCORES[torch.float32]
+    with pytest.raises(ValueError, match="repeated 3 times"), scored_step(workload.model, direction, samples=3) as step:
+        position = workload.model.position(torch.arange(4).unsqueeze(0))
+        step.reduce(workload.model.head((workload.batch["x"][:1] * position).sum(1)).logsumexp(1)[:2])
+
+
 def test_order_of_calls():
     workload = small.mlp()
     direction = small.direction_for(workload.model)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipe_rows import write_sources
+from recipe_rows import make_rows, write_sources
 
 pytest.importorskip("typer", reason="the recipes need the packages of the extra `recipes`")
 
@@ -27,7 +27,26 @@ def _no_plots(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if "draws_plots" not in request.fixturenames:
             patch.setattr("synkern.recipes.plots.write_plots", lambda report, groups: None)
+            patch.setattr("synkern.recipes.reweight_plots.write_plots", lambda report: None)
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a transformers model with dropout and random parameters."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from synkern.recipes.models import word_tokenizer
+
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = word_tokenizer([row["text"] for row in make_rows(200, seed=9)])
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture

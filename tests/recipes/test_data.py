@@ -14,7 +14,7 @@ from recipe_rows import make_rows, write_jsonl
 
 from synkern.recipes.data import Columns, LabelSet, canonical_label, read_labelled
 from synkern.recipes.errors import DataError
-from synkern.recipes.noise import GROUPS, add_noise, known_groups
+from synkern.recipes.noise import GROUPS, add_noise, flip_labels, known_groups
 
 ROWS = make_rows(12, seed=0)
 
@@ -224,3 +224,22 @@ def test_sample_is_seeded_and_keeps_the_order(tmp_path: Path) -> None:
     assert len(part) == 5 and part.frame["row"].is_monotonic_increasing
     assert part.fingerprint() == data.sample(5, seed=3).fingerprint() != data.sample(5, seed=4).fingerprint()
     assert data.sample(100) is data
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_flipped_labels(classes: int) -> None:
+    frame = pd.DataFrame({"text": [str(i) for i in range(400)], "label": np.arange(400) % classes})
+    flipped = flip_labels(frame, 0.3, classes, seed=1)
+    pd.testing.assert_frame_equal(flipped, flip_labels(frame, 0.3, classes, seed=1))
+    assert flipped["text"].tolist() == frame["text"].tolist()
+    assert flipped["true_label"].tolist() == frame["label"].tolist()
+    wrong = flipped["label"] != flipped["true_label"]
+    assert wrong.sum() == 120
+    shift = (flipped["label"] - flipped["true_label"])[wrong] % classes
+    assert sorted(shift.unique()) == list(range(1, classes))
+    assert not wrong.equals(flip_labels(frame, 0.3, classes, seed=2).eval("label != true_label"))
+    assert flip_labels(frame, 0.0, classes)["label"].equals(frame["label"])
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        flip_labels(frame, 0.3, 1)
+    with pytest.raises(ValueError, match=r"a share from 0 to 1, got 1\.5"):
+        flip_labels(frame, 1.5, classes)

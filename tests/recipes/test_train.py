@@ -385,23 +385,6 @@ def test_text_pairs(make_settings: MakeSettings) -> None:
     assert classifier.predict_probability(["one text"], ["the film was fine"]).shape == (1, 2)
 
 
-@pytest.fixture(scope="module")
-def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    from synkern.recipes.models import word_tokenizer
-
-    folder = tmp_path_factory.mktemp("bert")
-    tokenizer = word_tokenizer([row["text"] for row in make_rows(200, seed=9)])
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return str(folder)
-
-
 def test_a_transformers_model_with_dropout_resumes_to_the_same_bits(
     make_settings: MakeSettings, tiny_bert: str, interrupt_at: Callable[[int, Callable[[], None]], None],
     monkeypatch: pytest.MonkeyPatch,
