@@ -332,12 +332,12 @@ class Capture:
         graph = Graph(losses)  # not kept: its nodes hold the layers, and these this context
         self.reentrant, self.leaves = graph.reentrant, graph.leaves
         self._look_for_other_uses(graph)
-        first = self._new_layouts(n)
         if self.expanded and self.samples != n:
             raise MethodUnavailable(
                 f"{self.caller}: an embedding of indices that samples share was repeated {self.samples} times, for as "
                 f"many as the model's input seemed to hold, but there are {n} losses; pass indices of shape (N, T)"
             )
+        first = self._new_layouts(n)
         if n == 1 or not (first or graph.kind not in self.memory.graphs):
             return None
         order = torch.randperm(n, generator=torch.Generator().manual_seed(n))

@@ -71,7 +71,7 @@ def entries(request: pytest.FixtureRequest) -> dict[str, list[Entry]]:
             pytest.skip(f"no {tool}")
     if subprocess.run([sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True).returncode != 0:
         pytest.skip("the package pybind11 is not installed")
-    folder = once(request.config.cache.mkdir("synkern"), "cuda", (torch.__version__,), build)
+    folder = once(request.config.cache.mkdir("synkern"), "cuda", (torch.__version__, Path(__file__).read_text()), build)
     return parse((folder / REPORT).read_text())
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
+import emulated
 import pytest
 import torch
 from built import once
@@ -37,7 +39,8 @@ LOSSES = {
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     if missing := why_not(tmp_path_factory.mktemp("probe")):
         pytest.skip(f"the kernels cannot be built for this processor: {missing}")
-    folder = once(request.config.cache.mkdir("synkern"), "emulated", (str(compiler_here()),), build)
+    commands = Path(emulated.__file__).read_text()
+    folder = once(request.config.cache.mkdir("synkern"), "emulated", (str(compiler_here()), commands), build)
     return Emulator(folder / "libemulated.so")
 
 
