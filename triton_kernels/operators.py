@@ -11,7 +11,7 @@ from torch import Tensor
 from synkern._schema import MEAN, NONE, STATISTICS_ROWS, accumulate_dtype
 
 from . import contraction, rows
-from .launch import WHOLE_ELEMENTS, Tile, launch, row_tile, short_warps
+from .launch import WHOLE_ELEMENTS, Tile, launch, row_tile, short_tile
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -129,8 +129,7 @@ def _forward(
     is_single = c <= tile.classes
     is_whole = reduction != NONE and is_single and n * tile.classes <= WHOLE_ELEMENTS
     if is_whole:
-        together = triton.next_power_of_2(max(1, n))
-        tile = Tile(together, tile.classes, short_warps(together, together * tile.classes))
+        tile = short_tile(triton.next_power_of_2(max(1, n)), tile.classes)
     programs = max(1, triton.cdiv(n, tile.rows))
     parts = _kept_weights(problem) if reduction == MEAN and not is_whole else None
     if reduction == NONE:
@@ -143,7 +142,7 @@ def _forward(
         rows.forward_kernel, programs, problem.logits, problem.logits, problem.target, weight, *problem.operands,
         parts, statistics, losses, gradient, grad_weight, n, c, problem.logits.stride(0), problem.ignore_index,
         0 if parts is None else len(parts), *problem.parameters, **problem.constants, REDUCTION=reduction,
-        WHOLE=is_whole, SINGLE=is_single, R=tile.rows, B=tile.classes, warps=tile.warps,
+        WHOLE=is_whole, SINGLE=is_single, **tile.options,
     )  # fmt: skip
     if reduction != NONE and not is_whole:
         losses = _reduce(problem, losses, parts)
@@ -182,8 +181,7 @@ def _backward(
         rows.backward_kernel, triton.cdiv(n, tile.rows), problem.logits, grad, problem.logits, problem.target,
         problem.vector(weight, "weight"), *problem.operands, statistics.contiguous(), gradient,
         None if weight is None else grad_weight, n, c, problem.logits.stride(0), problem.ignore_index,
-        *problem.parameters, **problem.constants, REDUCED=reduced, UNLESS_ONE=unless_one, R=tile.rows,
-        B=tile.classes, warps=tile.warps,
+        *problem.parameters, **problem.constants, REDUCED=reduced, UNLESS_ONE=unless_one, **tile.options,
     )  # fmt: skip
 
 
@@ -233,7 +231,7 @@ def row_loss_tangent(
             rows.tangent_kernel, triton.cdiv(n, tile.rows), logits, v, problem.vector(coefficient, "coefficient"),
             problem.logits, problem.target, *problem.operands, statistics.contiguous(), directional, n, c,
             problem.logits.stride(0), v.stride(0), problem.ignore_index, *problem.parameters, **problem.constants,
-            R=tile.rows, B=tile.classes, warps=tile.warps,
+            **tile.options,
         )  # fmt: skip
     return directional
 
@@ -250,8 +248,7 @@ def row_loss_hvp(
             rows.hvp_kernel, triton.cdiv(n, tile.rows), logits, v, problem.vector(coefficient, "coefficient"),
             problem.vector(extra, "extra"), problem.logits, problem.target, *problem.operands,
             statistics.contiguous(), out, directional, n, c, problem.logits.stride(0), v.stride(0),
-            problem.ignore_index, *problem.parameters, **problem.constants, R=tile.rows, B=tile.classes,
-            warps=tile.warps,
+            problem.ignore_index, *problem.parameters, **problem.constants, **tile.options,
         )  # fmt: skip
     return out, directional
 
@@ -335,7 +332,7 @@ def embedding_contraction(index: Tensor, b: Tensor, v: Tensor, sample: Tensor | 
     if n:
         launch(
             contraction.embedding_kernel, triton.cdiv(n, tile.rows), b, index.contiguous(), b, v, partial, n, width,
-            v.shape[0], b.stride(0), v.stride(0), R=tile.rows, B=tile.classes, warps=tile.warps,
+            v.shape[0], b.stride(0), v.stride(0), **tile.options,
         )  # fmt: skip
     return _sum_by_sample(partial, sample, samples)
 
@@ -355,7 +352,7 @@ def norm_contraction(
     if n:
         launch(
             contraction.norm_kernel, triton.cdiv(n, tile.rows), b, x, b, mean, rstd, v_weight, v_bias, partial, n,
-            width, x.stride(0), b.stride(0), R=tile.rows, B=tile.classes, warps=tile.warps,
+            width, x.stride(0), b.stride(0), **tile.options,
         )  # fmt: skip
     return _sum_by_sample(partial, sample, samples)
 

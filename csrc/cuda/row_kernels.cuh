@@ -87,6 +87,7 @@ __device__ __forceinline__ double sum_of_kept_weights(const Rows& rows, int64_t 
 // The numbers of a row that are not its logits, read while those are on their way.
 struct RowInputs {
   double z_y, class_weight, class_weight_sum, ratio, weight;
+  double denominator, v_y;  // where a kernel has them
 };
 
 template <typename T>
@@ -95,7 +96,7 @@ __device__ __forceinline__ RowInputs row_inputs(const DeviceRows& p, int64_t row
   return {double(load(row_of<T>(p.rows.logits, p.rows.logits_stride, row)[target])),
           at_or<A>(p.rows.class_weight, target, 1.0),
           p.class_weight_sum ? *p.class_weight_sum : double(p.rows.classes), at_or<A>(p.rows.ratio, row, 1.0),
-          at_or<A>(p.rows.weight, row, 1.0)};
+          at_or<A>(p.rows.weight, row, 1.0), 1.0, 0.0};
 }
 
 template <typename A>
@@ -342,7 +343,15 @@ template <typename A>
 struct Shared {
   Slots<A> slots;
   Terms<A> terms;
+  RowInputs inputs[warp_class_rows];
 };
+
+// The row's place for its inputs, which the leading warp fills while the row is on its way. They wait in shared memory:
+// in registers, across the passes over the row, they would be spilled.
+template <typename A, RowClass C>
+__device__ __forceinline__ RowInputs& inputs_of(const Group<A, C>&, Shared<A>& shared) {
+  return shared.inputs[C == RowClass::warp ? threadIdx.x / warp_lanes : 0];
+}
 
 // From the leading warp to all of the group.
 template <typename A, RowClass C>
@@ -372,13 +381,13 @@ __device__ __forceinline__ void forward_left_out(const Group<acc_t<T>, C>& g, co
 template <typename T, RowClass C>
 __device__ __forceinline__ Terms<acc_t<T>> finish_row(const Group<acc_t<T>, C>& g, const DeviceRows& p,
                                                       const ForwardOutputs& o, int64_t target, const RowInputs& in,
-                                                      const RowStatistics& s, double denominator) {
+                                                      const RowStatistics& s) {
   using A = acc_t<T>;
   const RowContext c = context_of<A>(p, target, in, s);
-  const double scale = 1.0 / denominator;
+  const double scale = 1.0 / in.denominator;
   if (g.leader()) {
     save_statistics<A>(p.rows, g.row, s, c.ratio);
-    static_cast<A*>(p.rows.statistics)[stat_denominator * p.rows.rows + g.row] = A(denominator);
+    static_cast<A*>(p.rows.statistics)[stat_denominator * p.rows.rows + g.row] = A(in.denominator);
     static_cast<A*>(o.losses)[g.row] = A(weighted_value(c, in.weight));
     if (o.grad_weight) static_cast<A*>(o.grad_weight)[g.row] = A(scale * c.value);
   }
@@ -395,17 +404,23 @@ __global__ void __launch_bounds__(threads_of(C), blocks_of(C, sizeof(T)))
   if (g.row >= p.rows.rows) return;
   const int64_t target = target_at(p.rows, g.row);
   const LeftOut out_of_loss = left_out(p.rows, g.row, target);
-  double denominator = 1.0;
-  if (out_of_loss.left_out) {
-    if (g.leading_warp()) denominator = value_of(o.denominator);
-    return forward_left_out<T, C>(g, p, o, out_of_loss.fill, denominator);
-  }
+  if (out_of_loss.left_out)
+    return forward_left_out<T, C>(g, p, o, out_of_loss.fill, g.leading_warp() ? value_of(o.denominator) : 1.0);
   const T* z = row_of<T>(p.rows.logits, p.rows.logits_stride, g.row);
   const Span s = span_of(z, p.rows.classes, g.part, g.parts);
-  RowInputs in{};
+  RowInputs& in = inputs_of(g, shared);
+  const auto read_inputs = [&] {
+    if (!g.leading_warp()) return;
+    const double denominator = value_of(o.denominator);
+    if (g.rank == 0) {
+      in = row_inputs<T>(p, g.row, target);
+      in.denominator = denominator;
+    }
+    sync_warp();
+  };
   const auto finish = [&](const RowStatistics& statistics) {
     Terms<A> terms{};
-    if (g.leading_warp()) terms = finish_row<T, C>(g, p, o, target, in, statistics, denominator);
+    if (g.leading_warp()) terms = finish_row<T, C>(g, p, o, target, in, statistics);
     return share(g, shared.terms, terms);
   };
   T* out = static_cast<T*>(o.gradient) + g.row * p.rows.classes;
@@ -413,12 +428,12 @@ __global__ void __launch_bounds__(threads_of(C), blocks_of(C, sizeof(T)))
     if (o.gradient) write_gradient<T, C>(g, p, aligned_alike(z, out) ? s : by_element(s), source, terms, target, out);
   };
   if constexpr (C == RowClass::stream) {
-    if (g.leading_warp()) denominator = value_of(o.denominator), in = row_inputs<T>(p, g.row, target);
+    read_inputs();
     const InGlobal<T> source{z};
     write_out(source, finish(reduce_stream<T, C>(g, p, s, source)));
   } else {
     const InShared<T> source = hold<T, C>(g, s, z, shared_of(g, held_vectors<T>(p.rows.classes, g.parts)));
-    if (g.leading_warp()) denominator = value_of(o.denominator), in = row_inputs<T>(p, g.row, target);
+    read_inputs();
     await_copies(g);
     write_out(source, finish(reduce_held<T, C>(g, p, s, source)));
   }
@@ -552,30 +567,37 @@ __global__ void __launch_bounds__(threads_of(C), blocks_of(C, sizeof(T)))
     return fill_row<T, C>(g, out, p.rows.classes, out_of_loss.fill);
   }
   const T *z = row_of<T>(p.rows.logits, p.rows.logits_stride, g.row), *v = row_of<T>(o.v, o.v_stride, g.row);
-  const RowStatistics statistics = saved_statistics<A>(p.rows, g.row);
-  RowInputs in{};
-  double v_y = 0.0;
+  RowInputs& in = inputs_of(g, shared);
+  const auto read_inputs = [&] {
+    if (!g.leading_warp()) return;
+    if (g.rank == 0) {
+      in = row_inputs<T>(p, g.row, target);
+      in.v_y = double(load(v[target]));
+    }
+    sync_warp();
+  };
   const auto run = [&](const Span& s, const auto& held_z, const auto& held_v) {
+    const RowStatistics statistics = saved_statistics<A>(p.rows, g.row);
     const Sums sums = g.sum(own_products<T>(p, s, g.rank, g.size, held_z, held_v, A(statistics.max)));
     Terms<A> terms{};
     if (g.leading_warp()) {
       const RowContext c = context_of<A>(p, target, in, statistics);
       if (g.leader())
         static_cast<A*>(o.directional)[g.row] =
-            c.flat ? A(0) : A(directional_derivative(c, v_y, sums.x * c.inverse_sum, sums.y));
-      terms = hvp_of<T>(c, v_y, sums, at_or<A>(o.coefficient, g.row, 1.0), at_or<A>(o.extra, g.row, 0.0));
+            c.flat ? A(0) : A(directional_derivative(c, in.v_y, sums.x * c.inverse_sum, sums.y));
+      terms = hvp_of<T>(c, in.v_y, sums, at_or<A>(o.coefficient, g.row, 1.0), at_or<A>(o.extra, g.row, 0.0));
     }
     write_hvp<T, C>(g, p, s, held_z, held_v, share(g, shared.terms, terms), target, out);
   };
   const Span s = span_of(z, p.rows.classes, g.part, g.parts);
   if constexpr (C == RowClass::stream) {
-    if (g.leading_warp()) in = row_inputs<T>(p, g.row, target), v_y = double(load(v[target]));
+    read_inputs();
     run(aligned_alike(z, v) && aligned_alike(z, out) ? s : by_element(s), InGlobal<T>{z}, InGlobal<T>{v});
   } else {  // the launcher takes these only where all three are aligned alike
     const int64_t each = held_vectors<T>(p.rows.classes, g.parts);
     uint4* to = shared_of(g, 2 * each);
     const InShared<T> held_z = hold<T, C>(g, s, z, to), held_v = hold<T, C>(g, s, v, to + each);
-    if (g.leading_warp()) in = row_inputs<T>(p, g.row, target), v_y = double(load(v[target]));
+    read_inputs();
     await_copies(g);
     run(s, held_z, held_v);
   }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def once(cache: Path, name: str, key: Iterable[str], build: Callable[[Path], Non
     with (cache / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "complete").exists():
+            for stale in cache.glob(f"{name}-*"):
+                shutil.rmtree(stale)
             folder.mkdir(parents=True, exist_ok=True)
             build(folder)
             (folder / "complete").touch()

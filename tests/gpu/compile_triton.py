@@ -46,10 +46,13 @@ class Launches:
     """Stands in for ``launch``: keeps what would be started."""
 
     def __init__(self) -> None:
-        self.found: list[tuple[Any, tuple[Any, ...], int, dict[str, Any]]] = []
+        self.found: list[tuple[Any, tuple[Any, ...], dict[str, int], dict[str, Any]]] = []
 
-    def __call__(self, kernel: Any, *arguments: Any, warps: int = 4, **constants: Any) -> None:
-        self.found.append((kernel, arguments[2:], warps, constants))  # without grid and device
+    def __call__(
+        self, kernel: Any, *arguments: Any, warps: int = 4, registers: int | None = None, **constants: Any
+    ) -> None:
+        options = {"num_warps": warps} | ({} if registers is None else {"maxnreg": registers})
+        self.found.append((kernel, arguments[2:], options, constants))  # without grid and device
 
 
 def source(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> ASTSource:
@@ -125,7 +128,7 @@ def calls(which: str) -> Iterator[tuple[str, Any]]:
         long, dtypes = [(8192, 3), (8192, 16000), (4096, 128000)], FLOATS
         short = [
             (n, c, dtype, kind, weighted)
-            for n, c in [(32, 3), (999, 77), (8192, 1000)]
+            for n, c in [(32, 3), (999, 3), (999, 77), (8192, 1000)]
             for dtype in (torch.float32, torch.bfloat16)
             for kind in LossKind
             for weighted in (False, True)
@@ -144,13 +147,13 @@ def main() -> None:
         launches = Launches()
         operators.launch = launches
         call()
-        for kernel, arguments, warps, constants in launches.found:
+        for kernel, arguments, options, constants in launches.found:
             made = source(kernel, arguments, constants)
-            if (key := (made.hash(), warps)) in seen:
+            if (key := (made.hash(), *options.values())) in seen:
                 continue
             seen.add(key)
-            compiled = triton.compile(made, target=TARGET, options={"num_warps": warps})
-            record = {"kernel": kernel.__name__, "call": name, "warps": warps, **resources(compiled)}
+            compiled = triton.compile(made, target=TARGET, options=options)
+            record = {"kernel": kernel.__name__, "call": name, **options, **resources(compiled)}
             print(json.dumps(record), flush=True)
 
 

@@ -141,13 +141,13 @@ def test_subset_and_shown_rows_follow_the_weights(make: MakeSettings) -> None:
 
 def test_weights_find_flipped_labels(make: MakeSettings, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "more.jsonl", make_rows(200, seed=5))
-    settings = make(train=str(path), iterations=6, inner_epochs=6, outer_size=200, flip_labels=0.2, epochs=1)
+    training = {"inner_epochs": 5, "learning_rate": 5e-3, "epochs": 1}
+    settings = make(train=str(path), iterations=4, outer_size=200, flip_labels=0.2, **training)
     results = run(settings)
     found = results["runs"][0]["detection"]
     assert found["wrong"] == 40
-    assert found["auroc"] > 0.8 and found["precision_at_wrong"] > 0.5
-    losses = [record["outer_loss"] for record in results["runs"][0]["iterations"]]
-    assert losses[-1] < losses[0]
+    assert found["auroc"] > 0.9 and found["precision_at_wrong"] > 0.7
+    assert found["mean_weight_wrong"] < 0.5 < found["mean_weight_right"]
 
 
 @pytest.mark.parametrize(

@@ -296,7 +296,7 @@ inline void land_copies(size_t pending) {
   while (groups.size() > keep) {
     for (const emulator::Copy& copy : groups.front()) {
       std::memset(copy.to, 0, 16);
-      std::memcpy(copy.to, copy.from, copy.bytes);
+      if (copy.bytes) std::memcpy(copy.to, copy.from, copy.bytes);
     }
     groups.erase(groups.begin());
   }
