@@ -39,6 +39,7 @@ types: $(VENV)/.installed ## mypy
 
 benchmark: $(VENV)/.installed ## The table of benchmarks/results; a quiet machine, ten minutes
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.meta
 
 benchmark-gpu: $(VENV)/.installed ## Losses, contraction and the scored step on a GPU
 	$(BIN)/python -m benchmarks --device cuda
@@ -46,6 +47,7 @@ benchmark-gpu: $(VENV)/.installed ## Losses, contraction and the scored step on 
 
 benchmark-smoke: $(VENV)/.installed ## Does every benchmark run?
 	$(BIN)/python -m benchmarks --smoke
+	$(BIN)/python -m benchmarks.meta --smoke
 
 sanitize: $(VENV)/.installed ## The CPU kernels under the address and undefined-behaviour sanitizers
 	$(BIN)/python -m pytest -m slow tests/test_native.py

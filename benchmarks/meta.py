@@ -19,7 +19,7 @@ from synkern.recipes.files import write_json, write_text
 from .__main__ import RESULTS, SMOKE_PLAN, SMOKE_RESULTS
 from .checks import WrongResult
 from .devices import DEVICES
-from .meta_workloads import SIZES, WORKLOADS, Goal, Size, Way
+from .meta_workloads import AUTOCAST_TOLERANCE, SIZES, WORKLOADS, Goal, Size, Way
 from .report import duration, environment_text, markdown_table
 from .runner import describe
 from .timing import Plan, Timing, time_in_turns
@@ -36,7 +36,12 @@ class Result:
     error: float | None
 
 
-def check(workload: str, ways: dict[str, Way]) -> dict[str, float | None]:
+def precision(size: Size, device: str) -> torch.autocast:
+    """What a size's forward passes run under."""
+    return torch.autocast(DEVICES[device].torch_device.type, torch.bfloat16, enabled=size.autocast)
+
+
+def check(workload: str, ways: dict[str, Way], least_tolerance: float = 0.0) -> dict[str, float | None]:
     """Runs every way once; the largest distance from the reference relative to the reference's largest entry.
 
     Raises:
@@ -52,8 +57,9 @@ def check(workload: str, ways: dict[str, Way]) -> dict[str, float | None]:
         if way.tolerance is None or actual is None:
             continue
         error = float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
-        if not error <= way.tolerance:
-            raise WrongResult(f"{workload}, {name}: off by a relative {error:.3g}, allowed {way.tolerance:.3g}")
+        allowed = max(way.tolerance, least_tolerance)
+        if not error <= allowed:
+            raise WrongResult(f"{workload}, {name}: off by a relative {error:.3g}, allowed {allowed:.3g}")
         errors[name] = error
     return errors
 
@@ -61,10 +67,11 @@ def check(workload: str, ways: dict[str, Way]) -> dict[str, float | None]:
 def measure(workload: str, size: Size, device: str, threads: int, plan: Plan, memory: bool) -> list[Result]:
     """Checks, times in turns, and weighs every way in a process of its own."""
     torch.set_num_threads(threads)
-    ways = _able(workload, size, device)
-    errors = check(workload, ways)
     track = partial(tqdm, desc=workload, unit="round", leave=False, disable=None)
-    timings = time_in_turns({name: way.run for name, way in ways.items()}, DEVICES[device], plan, track)
+    with precision(size, device):
+        ways = _able(workload, size, device)
+        errors = check(workload, ways, AUTOCAST_TOLERANCE if size.autocast else 0.0)
+        timings = time_in_turns({name: way.run for name, way in ways.items()}, DEVICES[device], plan, track)
     peaks: dict[str, int] = {}
     if memory:
         context = multiprocessing.get_context("spawn")
@@ -84,10 +91,11 @@ def _able(workload: str, size: Size, device: str) -> dict[str, Way]:
 
 def _peak(workload: str, way: str, size: Size, device: str, threads: int) -> int:
     torch.set_num_threads(threads)
-    run = WORKLOADS[workload].prepare(size, DEVICES[device].torch_device)[way].run
-    for _ in range(2):
-        run()
-    return DEVICES[device].peak_extra_bytes(run)
+    with precision(size, device):
+        run = WORKLOADS[workload].prepare(size, DEVICES[device].torch_device)[way].run
+        for _ in range(2):
+            run()
+        return DEVICES[device].peak_extra_bytes(run)
 
 
 def table(workload: str, results: list[Result]) -> str:
@@ -133,22 +141,27 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch and of the kernels.")] = 2,
     seconds: Annotated[float, typer.Option(min=0, help="Time to measure one workload with all its ways.")] = 60.0,
     memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
+    size: Annotated[str | None, typer.Option(help="full, or base: BERT-base in bf16, the default on a GPU.")] = None,
     smoke: Annotated[bool, typer.Option(help="Tiny models: does everything run?")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the results. Default: benchmarks/results.")] = None,
 ) -> None:
     """Time the per-sample meta-gradient beside double backward, forward mode and plain training steps."""
     if device not in DEVICES:
         raise typer.BadParameter(f"unknown device {device!r}; choose from {', '.join(DEVICES)}")
+    if (reason := DEVICES[device].missing()) is not None:
+        raise typer.BadParameter(f"cannot measure on {device}: {reason}")
+    if size is not None and size not in SIZES:
+        raise typer.BadParameter(f"unknown size {size!r}; choose from {', '.join(SIZES)}")
     for name in workload or ():
         if name not in WORKLOADS:
             raise typer.BadParameter(f"unknown workload {name!r}; choose from {', '.join(WORKLOADS)}")
     plan = SMOKE_PLAN if smoke else Plan(seconds=seconds, least_rounds=5)
-    size = SIZES["smoke" if smoke else "full"]
-    environment: dict[str, Any] = describe(DEVICES[device], threads, plan) | {"size": asdict(size)}
+    chosen = SIZES["smoke" if smoke else size or ("full" if device == "cpu" else "base")]
+    environment: dict[str, Any] = describe(DEVICES[device], threads, plan) | {"size": asdict(chosen)}
     results: dict[str, list[Result]] = {}
     try:
         for name in workload or WORKLOADS:
-            results[name] = measure(name, size, device, threads, plan, memory and not smoke)
+            results[name] = measure(name, chosen, device, threads, plan, memory and not smoke)
     except WrongResult as error:
         typer.echo(f"wrong result: {error}", err=True)
         raise typer.Exit(1) from error

@@ -22,7 +22,7 @@ Parameters = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Size:
-    """Of the models and batches; ``smoke`` only has to run."""
+    """Of the models and batches; ``smoke`` only has to run, ``base`` is BERT-base under bf16 autocast, for a GPU."""
 
     layers: int = 6
     width: int = 384
@@ -30,9 +30,15 @@ class Size:
     rows: int = 16
     tokens: int = 64
     clean_rows: int = 4
+    autocast: bool = False
 
 
-SIZES = {"full": Size(), "smoke": Size(layers=1, width=32, vocabulary=64, rows=4, tokens=8, clean_rows=2)}
+SIZES = {
+    "full": Size(),
+    "smoke": Size(layers=1, width=32, vocabulary=64, rows=4, tokens=8, clean_rows=2),
+    "base": Size(layers=12, width=768, vocabulary=30522, rows=64, tokens=128, clean_rows=16, autocast=True),
+}
+AUTOCAST_TOLERANCE = 0.1  # 16-bit activations, whatever a way allows in float32
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,26 @@ def _contraction(*args: Any) -> Tensor:
     return matrix.new_empty((args[-1],), dtype=accumulate_dtype(matrix.dtype))
 
 
+def _lstm(projection: Tensor, w_hh: Tensor, first: Tensor, first_cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    samples, steps, width = projection.shape
+    return (
+        torch.empty_like(projection, memory_format=torch.contiguous_format),
+        projection.new_empty(samples, steps + 1, width // 4),
+        projection.new_empty(samples, steps, width // 4),
+    )
+
+
+def _lstm_backward(gates: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    first = gates.new_empty(gates.shape[0], gates.shape[2] // 4)
+    return torch.empty_like(gates, memory_format=torch.contiguous_format), first, torch.empty_like(first)
+
+
+def register_native(library: torch.library.Library) -> None:
+    """Registers the fake kernels of the operators that the compiled library alone has."""
+    torch.library.register_fake("synkern::lstm", _lstm, lib=library)
+    torch.library.register_fake("synkern::lstm_backward", _lstm_backward, lib=library)
+
+
 def register(library: torch.library.Library, namespace: str) -> None:
     """Registers the fake kernels of every operator, and the batching rules of those that transforms meet."""
     for name, fake, batched in (

@@ -522,3 +522,4 @@ class Wiring:
 
 
 WIRINGS = {namespace: Wiring(namespace) for namespace in ("synkern", _triton.NAMESPACE)}
+_abstract.register_native(WIRINGS["synkern"]._library)

@@ -7,7 +7,7 @@ import torch
 from tolerances import FLOOR
 from torch import Tensor
 
-import synkern._library  # noqa: F401  (loads the operators)
+import synkern.losses  # noqa: F401  (loads the operators and their fake kernels)
 
 OPS = torch.ops.synkern
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -140,3 +140,15 @@ def test_same_bits_for_any_number_of_threads() -> None:
 def test_operands_that_do_not_fit_are_refused(call, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fake_kernels_fit(dtype: torch.dtype) -> None:
+    a, b, v = torch.randn(6, 3).to(dtype), torch.randn(6, 5).to(dtype), torch.randn(5, 3).to(dtype)
+    rstd, sample = torch.rand(6, dtype=accumulate(dtype)), torch.tensor([0, 1, 1, 0, 2, 2])
+    for operator, arguments in (
+        (OPS.linear_contraction, (a, b, v, None, sample, 3)),
+        (OPS.embedding_contraction, (sample, b, torch.randn(4, 5).to(dtype), None, 2)),
+        (OPS.norm_contraction, (b, b, None, rstd, torch.rand(5, dtype=accumulate(dtype)), None, None, 2)),
+    ):
+        torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))

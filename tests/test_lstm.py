@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import synkern._library  # noqa: F401  (loads the operators)
+import synkern.losses  # noqa: F401  (loads the operators and their fake kernels)
 
 OPS = torch.ops.synkern
 # samples, steps, units: below, at and above the kernel's tiles (6 and 24 samples, 16 columns)
@@ -112,3 +112,11 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     gates, cells, _ = OPS.lstm(projection, w_hh, first, cell)
     with pytest.raises(RuntimeError, match="grad_states"):
         OPS.lstm_backward(gates, cells, w_hh, torch.zeros(2, 3, 5), None)
+
+
+def test_fake_kernels_fit() -> None:
+    given = [x.float() for x in problem(3, 4, 5)]
+    torch.library.opcheck(OPS.lstm.default, given, test_utils=("test_schema", "test_faketensor"))
+    gates, cells, states = OPS.lstm(*given)
+    backward = (gates, cells, given[1], torch.randn_like(states), None)
+    torch.library.opcheck(OPS.lstm_backward.default, backward, test_utils=("test_schema", "test_faketensor"))

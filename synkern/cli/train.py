@@ -89,7 +89,7 @@ def demo(
     threads: options.Threads = None,
     resume: Annotated[bool, option("Go on with an interrupted demo.", OUTPUT, "--resume")] = False,
 ) -> None:
-    """Compare all methods on film reviews with noisy labels: under four minutes on two cores."""
+    """Compare all methods on film reviews with noisy labels: a few minutes on two cores."""
     from synkern.recipes.demo import demo_settings
 
     with options.readable_errors("train", out):

@@ -17,7 +17,7 @@ from synkern.recipes.runs import write_rows
 from synkern.recipes.settings import TrainSettings
 
 LABELS = LabelSet(("negative", "positive"))
-SIZES = {"train": 1200, "real": 500, "test": 800}
+SIZES = {"train": 900, "real": 400, "test": 600}
 MAX_LENGTH = 128
 
 

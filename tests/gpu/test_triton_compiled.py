@@ -15,8 +15,6 @@ triton = pytest.importorskip("triton", reason="the package triton is not install
 
 SCRIPT = Path(__file__).with_name("compile_triton.py")
 ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-# float64 is there for finite differences: a few bytes on the stack across a division's slow path may be.
-ALLOWED_SPILLS = {"torch.float64": 16}
 KERNELS = {
     "forward_kernel", "backward_kernel", "tangent_kernel", "hvp_kernel", "scale_kernel", "kept_weight_kernel",
     "reduce_kernel", "linear_kernel", "embedding_kernel", "norm_kernel", "sum_groups_kernel", "sum_index_kernel",
@@ -35,11 +33,7 @@ def compiled(which: str) -> list[dict[str, Any]]:
 def test_every_kernel_compiles_for_sm_90_without_spills(which: str) -> None:
     records = compiled(which)
     assert {record["kernel"] for record in records} == KERNELS
-    spilling = [
-        record for record in records
-        if record["spills"] > max([n for dtype, n in ALLOWED_SPILLS.items() if dtype in record["call"]], default=0)
-    ]  # fmt: skip
-    assert not spilling
+    assert not [record for record in records if record["spills"]]
     on_matrix_units = {
         record["call"] for record in records if record["kernel"] == "linear_kernel" and record["matrix_instructions"]
     }
