@@ -56,7 +56,8 @@ SYNKERN_INLINE RowContext row_context(const LossParameters& loss, int64_t classe
   c.curvature_t = main * f.curvature;
   c.ratio = f.ratio;
   if (class_weight == 0.0) c.value = c.slope_t = c.curvature_t = 0.0;
-  if (loss.label_smoothing != 0.0) {
+  // One class has nothing to smooth: cw - cw would leave its rounding under a fused multiply-add.
+  if (loss.label_smoothing != 0.0 && classes > 1) {
     const double share = loss.label_smoothing / double(classes);
     c.value += share * (class_weight_sum * log_sum - s.centered);
     c.slope_lse = share * class_weight_sum;
