@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 from . import _library  # noqa: F401  (the operators must exist before they are looked up)
 from ._schema import DENOMINATOR_ROW, MEAN, NONE, STATISTICS_ROWS, accumulate_dtype
@@ -151,13 +152,13 @@ def _lstm_backward(gates: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(gates, memory_format=torch.contiguous_format), first, torch.empty_like(first)
 
 
-def register_native(library: torch.library.Library) -> None:
+def register_native(library: torch_library.Library) -> None:
     """Registers the fake kernels of the operators that the compiled library alone has."""
-    torch.library.register_fake("synkern::lstm", _lstm, lib=library)
-    torch.library.register_fake("synkern::lstm_backward", _lstm_backward, lib=library)
+    torch_library.register_fake("synkern::lstm", _lstm, lib=library)
+    torch_library.register_fake("synkern::lstm_backward", _lstm_backward, lib=library)
 
 
-def register(library: torch.library.Library, namespace: str) -> None:
+def register(library: torch_library.Library, namespace: str) -> None:
     """Registers the fake kernels of every operator, and the batching rules of those that transforms meet."""
     for name, fake, batched in (
         ("row_loss_and_gradient", _row_loss_and_gradient, None),
@@ -171,7 +172,7 @@ def register(library: torch.library.Library, namespace: str) -> None:
         ("norm_contraction", _contraction, None),
     ):
         qualified = f"{namespace}::{name}"
-        torch.library.register_fake(qualified, fake, lib=library)
+        torch_library.register_fake(qualified, fake, lib=library)
         if batched is not None:
             operator = getattr(getattr(torch.ops, namespace), name).default
-            torch.library.register_vmap(qualified, partial(batched, operator), lib=library)
+            torch_library.register_vmap(qualified, partial(batched, operator), lib=library)

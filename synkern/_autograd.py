@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 from torch.autograd import forward_ad
 
 from . import _abstract, _triton
@@ -416,7 +417,7 @@ def _apply(function: Any, args: tuple[Any, ...]) -> Any:
 
 
 def _register(
-    library: torch.library.Library, name: str, operator: Any, function: Any, composed: Callable[..., Any] | None = None
+    library: torch_library.Library, name: str, operator: Any, function: Any, composed: Callable[..., Any] | None = None
 ) -> None:
     def kernel(*args: Any) -> Any:
         if (
@@ -511,7 +512,7 @@ class Wiring:
 
     def __init__(self, namespace: str) -> None:
         ops = Operators(namespace)
-        self._library = torch.library.Library(namespace, "IMPL")
+        self._library = torch_library.Library(namespace, "IMPL")
         _register(self._library, "row_loss", ops.loss, _bound(_RowLoss, ops), functools.partial(_composed, ops))
         _register(self._library, "row_loss_backward", ops.backward, _bound(_RowLossBackward, ops))
         _register(self._library, "row_loss_tangent", ops.tangent, _bound(_RowLossTangent, ops))

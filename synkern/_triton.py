@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import library as torch_library
 
 from . import _library
 
@@ -47,10 +48,10 @@ def _implementation(name: str) -> Callable[..., Any]:
     return call
 
 
-def _define() -> list[torch.library.Library]:
+def _define() -> list[torch_library.Library]:
     """One schema for both namespaces: that of the compiled library."""
-    ours = torch.library.Library(NAMESPACE, "DEF")
-    native = torch.library.Library("synkern", "IMPL")
+    ours = torch_library.Library(NAMESPACE, "DEF")
+    native = torch_library.Library("synkern", "IMPL")
     for name in OPERATORS:
         schema = str(getattr(torch.ops.synkern, name).default._schema)
         ours.define(schema.removeprefix("synkern::"))

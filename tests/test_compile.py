@@ -11,6 +11,7 @@ import torch.autograd.forward_ad as fwad
 from cases import Case, Inputs, cases, make_inputs
 from tolerances import assert_float64_equal
 from torch import Tensor
+from torch import library as torch_library
 from torch.func import grad, jvp
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -330,7 +331,7 @@ def test_opcheck(case: Case, weighted: bool, reduction: str) -> None:
             wants_grad = any(argument.shape == tensor.shape for tensor in differentiable) and copy.is_floating_point()
             return copy.requires_grad_(wants_grad and name.split("::")[1] in DIFFERENTIABLE)
 
-        torch.library.opcheck(operator, tuple(fresh(argument) for argument in args))
+        torch_library.opcheck(operator, tuple(fresh(argument) for argument in args))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tolerances import FLOOR
 from torch import Tensor
+from torch import library as torch_library
 
 import synkern.losses  # noqa: F401  (loads the operators and their fake kernels)
 
@@ -151,4 +152,4 @@ def test_fake_kernels_fit(dtype: torch.dtype) -> None:
         (OPS.embedding_contraction, (sample, b, torch.randn(4, 5).to(dtype), None, 2)),
         (OPS.norm_contraction, (b, b, None, rstd, torch.rand(5, dtype=accumulate(dtype)), None, None, 2)),
     ):
-        torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch_library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))

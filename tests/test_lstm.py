@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 import synkern.losses  # noqa: F401  (loads the operators and their fake kernels)
 
@@ -116,7 +117,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
 
 def test_fake_kernels_fit() -> None:
     given = [x.float() for x in problem(3, 4, 5)]
-    torch.library.opcheck(OPS.lstm.default, given, test_utils=("test_schema", "test_faketensor"))
+    torch_library.opcheck(OPS.lstm.default, given, test_utils=("test_schema", "test_faketensor"))
     gates, cells, states = OPS.lstm(*given)
     backward = (gates, cells, given[1], torch.randn_like(states), None)
-    torch.library.opcheck(OPS.lstm_backward.default, backward, test_utils=("test_schema", "test_faketensor"))
+    torch_library.opcheck(OPS.lstm_backward.default, backward, test_utils=("test_schema", "test_faketensor"))

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 
+#include "core/dtype.h"
 #include "losses/row_terms.h"
 
 namespace synkern {
@@ -78,17 +79,6 @@ inline float exp_nonpositive(float x) {
   return bits_to_float(float_to_bits(y) + (float_to_bits(shifted) << 23));
 }
 inline double exp_nonpositive(double x) { return std::exp(x); }
-
-template <typename T>
-struct Accumulate {
-  using type = float;
-};
-template <>
-struct Accumulate<double> {
-  using type = double;
-};
-template <typename T>
-using acc_t = typename Accumulate<T>::type;
 
 // 16 KB of float32: the block is still in the first-level cache for its second pass.
 constexpr int64_t block_classes = 4096;

@@ -3,20 +3,10 @@
 #pragma once
 #include <type_traits>
 
+#include "core/dtype.h"
 #include "cuda/intrinsics.cuh"
 
 namespace synkern {
-
-template <typename T>
-struct Accumulate {
-  using type = float;
-};
-template <>
-struct Accumulate<double> {
-  using type = double;
-};
-template <typename T>
-using acc_t = typename Accumulate<T>::type;
 
 // Elements of a 16-byte vector.
 template <typename T>

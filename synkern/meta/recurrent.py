@@ -66,8 +66,13 @@ class _Steps(NamedTuple):
         return F.linear(self.h, self.w_hh, self.b_hh)
 
 
+def _has_kernels(x: Tensor) -> bool:
+    """Whether the LSTM's steps run natively on the device of x."""
+    return x.device.type == "cpu"
+
+
 def _lstm_forward(steps: _Steps, first_cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer on the CPU: i, f, o = sigmoid and g = tanh of W_ih x + W_hh h + b; c_t = f c + i g; h_t = o tanh(c_t).
+    """The layer in kernels: i, f, o = sigmoid and g = tanh of W_ih x + W_hh h + b; c_t = f c + i g; h_t = o tanh(c_t).
 
     Returns:
         Gates i, f, g, o (N, T, 4, H); cells (N, T + 1, H), from the first one on; states (N, T, H). ``steps.h`` is
@@ -115,7 +120,7 @@ def _lstm_backward(
         grad_cells: (N, T, H) gradients at the cells from outside, or None.
     """
     n, length, units = steps.h.shape
-    if gates.device.type == "cpu":
+    if _has_kernels(gates):
         given = (None if x is None else x.to(gates.dtype) for x in (grad_output, grad_cells))
         return torch.ops.synkern.lstm_backward.default(gates.view(n, length, -1), cells, steps.w_hh, *given)
     grad = torch.empty_like(gates)
@@ -238,7 +243,7 @@ def _lstm_states(
     x: Tensor, first: Tensor, first_cell: Tensor, weights: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, _Steps]:
     """Gates, cells and states of all steps, by the faster way for the device."""
-    if x.device.type == "cpu":
+    if _has_kernels(x):
         steps = _Steps.of(x, first, weights)
         return *_lstm_forward(steps, first_cell), steps
     # one fused kernel, though the gates have to be made again, is faster than a loop of small ones

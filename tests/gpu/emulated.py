@@ -97,17 +97,17 @@ def _data(x: Tensor | None) -> int | None:
 
 class Emulator:
     def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
-        self.library.emulated_configure.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
+        self.emulation = ctypes.CDLL(str(path))
+        self.emulation.emulated_configure.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
         self.configure()
 
     def configure(self, multiprocessors: int = 132, shared_bytes: int = 220 * 1024, clusters: bool = True) -> None:
         """The device whose launch plans are taken; forgets past launches."""
-        self.library.emulated_configure(multiprocessors, shared_bytes, clusters)
+        self.emulation.emulated_configure(multiprocessors, shared_bytes, clusters)
 
     def launches(self) -> list[Launch]:
         numbers = (ctypes.c_int64 * 400)()
-        count = self.library.emulated_launches(numbers, 100)
+        count = self.emulation.emulated_launches(numbers, 100)
         return [Launch(*numbers[4 * i : 4 * i + 4]) for i in range(min(count, 100))]
 
     def _call(self, name: str, problem: Problem, reduction: int, **tensors: Tensor | int | None) -> None:
@@ -122,7 +122,7 @@ class Emulator:
         call.label_smoothing, call.z_loss = problem.label_smoothing, problem.z_loss
         for field_name, value in tensors.items():
             setattr(call, field_name, value if isinstance(value, int) else _data(value))
-        error = getattr(self.library, f"emulated_{name}")(ctypes.byref(call))
+        error = getattr(self.emulation, f"emulated_{name}")(ctypes.byref(call))
         assert error == 0, f"emulated {name}: error {error}"
 
     def forward(
@@ -180,7 +180,7 @@ class Emulator:
             layer.v_dtype, layer.entries, layer.v_stride = DTYPES[v.dtype], len(v), v.stride(0)
         for key, tensor in {"b": b, "out": out, **operands}.items():
             setattr(layer, key, _data(tensor))
-        error = getattr(self.library, f"emulated_{name}")(ctypes.byref(layer))
+        error = getattr(self.emulation, f"emulated_{name}")(ctypes.byref(layer))
         assert error == 0, f"emulated {name}: error {error}"
         return out
 

@@ -15,6 +15,7 @@ from cases import FLOAT_DTYPES, REDUCTIONS, TARGET_DTYPES, Case, Inputs, make_in
 from test_values import eager_result, kernel_result
 from tolerances import FLOOR, Result, assert_as_exact_as_torch, assert_float64_equal, relative_error, split_columns
 from torch import Tensor
+from torch import library as torch_library
 from torch.func import grad, hessian, jvp, vmap
 
 import synkern
@@ -348,17 +349,17 @@ def test_operators_pass_opcheck() -> None:
     options = (0, 0.0, 0.0, 0.0, 0.1, 0.01, -100)
     statistics = OPS.row_loss(z, y, w, None, None, *options, 0)[1]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(OPS.row_loss.default, (z.requires_grad_(), y, w, None, None, *options, 2), test_utils=checks)
+    torch_library.opcheck(OPS.row_loss.default, (z.requires_grad_(), y, w, None, None, *options, 2), test_utils=checks)
     shared = (z, y, None, None, statistics, *options)
-    torch.library.opcheck(OPS.row_loss_hvp.default, (z.detach(), w, None, *shared), test_utils=checks)
-    torch.library.opcheck(OPS.row_loss_tangent.default, (z.detach(), w, *shared), test_utils=checks)
+    torch_library.opcheck(OPS.row_loss_hvp.default, (z.detach(), w, None, *shared), test_utils=checks)
+    torch_library.opcheck(OPS.row_loss_tangent.default, (z.detach(), w, *shared), test_utils=checks)
     gradient, grad_weight = OPS.row_loss_backward(w, z.detach(), y, w, None, None, statistics, *options, 0)
-    torch.library.opcheck(
+    torch_library.opcheck(
         OPS.row_loss_rescale.default,
         (w.sum(), gradient, grad_weight, z.detach(), y, w, None, None, statistics, *options),
         test_utils=("test_schema", "test_faketensor"),
     )
-    torch.library.opcheck(
+    torch_library.opcheck(
         OPS.linear_contraction.default,
         (z.detach(), z.detach()[:, :2].contiguous(), torch.randn(2, 4, dtype=z.dtype, device=DEVICE), None, None, 3),
         test_utils=("test_schema", "test_faketensor"),

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from synkern import fused_cross_entropy
-from synkern.meta import MethodUnavailable, sample_scores, scored_step
+from synkern.meta import MethodUnavailable, recurrent, sample_scores, scored_step
 
 INPUTS, UNITS = 5, 4
 KINDS = {"lstm": nn.LSTM, "gru": nn.GRU}
@@ -119,6 +119,15 @@ def test_a_scored_step_leaves_outputs_and_gradients_as_they_are(kind, setting, p
     assert set(gradients) == set(expected) and len(gradients) > 6
     torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-12)
     assert small.relative_error(step.scores, small.reference_scores(plain, direction)) <= SCORES[torch.float64]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_an_lstm_on_a_device_without_kernels(setting, packed, monkeypatch):
+    """What other devices run, torch's forward and a loop of its operations backwards, is right on the CPU too."""
+    monkeypatch.setattr(recurrent, "_has_kernels", lambda x: False)
+    test_scores("lstm", setting, packed, torch.float64)
+    test_a_scored_step_leaves_outputs_and_gradients_as_they_are("lstm", setting, packed)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

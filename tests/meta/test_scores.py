@@ -12,6 +12,7 @@ import meta_models as small
 import pytest
 import torch
 from tolerances import SCORES
+from torch import library as torch_library
 from torch import nn
 from torch.nn import functional as F
 
@@ -258,10 +259,10 @@ def test_forward_mode_refuses_what_runs_under_no_grad():
 
 
 def test_forward_mode_refuses_operators_that_drop_the_tangent():
-    library = torch.library.Library("synkern_test", "FRAGMENT")
+    library = torch_library.Library("synkern_test", "FRAGMENT")
     library.define("double(Tensor x) -> Tensor")
     library.impl("double", lambda x: 2 * x, "CompositeExplicitAutograd")
-    torch.library.register_autograd(
+    torch_library.register_autograd(
         "synkern_test::double", lambda ctx, grad: 2 * grad, lib=library
     )
     workload = small.mlp()
