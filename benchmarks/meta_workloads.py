@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from synkern import fused_cross_entropy
+from synkern import fused_cross_entropy, fused_rce_loss
 from synkern.meta import outer_direction, sample_scores
 from synkern.meta.step import scored_step
-from synkern.recipes.models import BiLSTMClassifier, BiLSTMConfig
+from synkern.recipes.models import BiLSTMClassifier, BiLSTMConfig, EncodedText
+from synkern.recipes.sungen import ScoredFit, cross_entropies, weighted_cross_entropy
+from synkern.recipes.training import Fit, FitSettings, sorted_batches
 
 Batch = dict[str, Tensor]
 Parameters = dict[str, Tensor]
@@ -27,9 +31,9 @@ class Size:
     layers: int = 6
     width: int = 384
     vocabulary: int = 8192
-    rows: int = 16
+    rows: int = 32  # the batch size of the papers
     tokens: int = 64
-    clean_rows: int = 4
+    clean_rows: int = 8
     autocast: bool = False
 
 
@@ -252,6 +256,63 @@ def encoder_reweighted(size: Size, device: torch.device) -> dict[str, Way]:
     }
 
 
+def _texts(size: Size, rows: int) -> EncodedText:
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(size.tokens // 2, size.tokens + 1, rows)
+    tokens = [generator.integers(1, size.vocabulary, length).tolist() for length in lengths]
+    target = torch.from_numpy(generator.integers(0, 4, rows))
+    return EncodedText({"input_ids": tokens, "attention_mask": [[1] * n for n in lengths]}, target,
+                       {"input_ids": 0, "attention_mask": 0})
+
+
+def sungen_iteration(size: Size, device: torch.device) -> dict[str, Way]:
+    """A tenth of an iteration over 10,000 rows: one epoch of the task model, v of a tenth of the rows, all scores."""
+    texts = _texts(size, size.rows * 32)
+    torch.manual_seed(0)
+    fresh = BiLSTMClassifier(BiLSTMConfig(size.vocabulary, 4)).to(device)
+    settings = FitSettings(epochs=1, batch_size=size.rows, learning_rate=1e-3, optimizer="adam", linear_decay=False)
+    batches = [texts.batch(rows, device) for rows in sorted_batches(texts.lengths, np.arange(len(texts)))]
+    weight = torch.full((len(texts),), 0.5, device=device)
+
+    def direction(model: nn.Module) -> dict[str, Tensor]:
+        outer = sorted_batches(texts.lengths, np.arange(len(texts) // 10))
+        return outer_direction(model, (texts.batch(rows, device) for rows in outer), _outer_loss)
+
+    old_direction = direction(fresh)
+
+    def epoch() -> nn.Module:
+        model = copy.deepcopy(fresh)
+        Fit(model, texts, weighted_cross_entropy(weight), settings, seed=0, name="", device=device,
+            announce=False).run()
+        return model
+
+    def then_scores(method: str) -> Tensor:
+        model = epoch()
+        v = direction(model)
+        return torch.cat([sample_scores(model, cross_entropies, batch, v, method=method) for batch in batches])
+
+    def scored_epoch() -> None:
+        fit = ScoredFit(copy.deepcopy(fresh), texts, settings, weight=weight, direction=old_direction, seed=0, name="",
+                        device=device, announce=False)
+        fit.run()
+        direction(fit.model)
+
+    return {
+        "inner epoch": Way(lambda: _ignore(epoch())),
+        "then scores, contraction": Way(lambda: then_scores("contraction"), tolerance=0.0),
+        "then scores, difference": Way(lambda: then_scores("difference"), tolerance=3e-2),
+        "scores in training": Way(scored_epoch),
+    }
+
+
+def _outer_loss(model: nn.Module, batch: tuple[dict[str, Tensor], Tensor]) -> Tensor:
+    return fused_rce_loss(model(**batch[0]), batch[1], reduction="sum")
+
+
+def _ignore(_: object) -> None:
+    """A way's result, where there is nothing to compare."""
+
+
 WORKLOADS: dict[str, Workload] = {
     "encoder scores": Workload(
         "scores of a batch, BERT-type encoder, fused attention (double backward and forward mode: plain attention)",
@@ -272,5 +333,13 @@ WORKLOADS: dict[str, Workload] = {
         "scores of a batch, SunGen's BiLSTM",
         bilstm_scores, reference="double backward", unit="forward pass",
         goals=(Goal("contraction", "double backward", 1 / 4),),
+    ),
+    "sungen iteration": Workload(
+        "a tenth of an iteration of SunGen on 10,000 rows, BiLSTM: an epoch, the direction, all scores",
+        sungen_iteration, reference="then scores, contraction", unit="inner epoch",
+        goals=(
+            Goal("then scores, difference", "inner epoch", 1.35),
+            Goal("scores in training", "inner epoch", 1.35),
+        ),
     ),
 }

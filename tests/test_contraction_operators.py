@@ -93,6 +93,19 @@ def test_strided_operands_are_read_where_they_lie() -> None:
     torch.testing.assert_close(OPS.linear_contraction(a, b, v, None, None, 3).double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("live", [[], [0], [1, 2, 97, 98, 250], list(range(3, 290, 2))], ids=len)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_without_a_gradient_add_nothing(dtype: torch.dtype, live: list[int]) -> None:
+    a, b, v = torch.randn(300, 40).to(dtype), torch.zeros(300, 24).to(dtype), torch.randn(24, 40).to(dtype)
+    b[live] = torch.randn(len(live), 24).to(dtype)
+    bias = torch.randn(24, dtype=accumulate(dtype))
+    actual = OPS.linear_contraction(a, b, v, bias, None, 10)
+    moved, size = a.double() @ v.double().T + bias.double(), a.double().abs() @ v.double().abs().T + bias.double().abs()
+    assert_close(actual, (b.double() * moved).sum(1), (b.double().abs() * size).sum(1), None, dtype)
+    a[b.eq(0).all(1)] = float("inf")
+    assert torch.equal(OPS.linear_contraction(a, b, v, bias, None, 10), actual)
+
+
 @pytest.mark.parametrize("rows,samples", [(0, 0), (0, 3)])
 def test_no_rows(rows: int, samples: int) -> None:
     result = OPS.linear_contraction(torch.randn(rows, 4), torch.randn(rows, 5), torch.randn(5, 4), None, None, samples)

@@ -22,7 +22,15 @@ const acc_t<T>* load_tile_row(const T* b, int64_t n, acc_t<T>* scratch) {
   return scratch;
 }
 
-// Up to block_rows rows of a and b.
+template <typename T>
+bool any_nonzero(const T* x, int64_t n) {
+  for (int64_t j = 0; j < n; ++j)
+    if (load(x[j]) != 0) return true;
+  return false;
+}
+
+// Up to block_rows rows of a and b, in any places. Rows where b is zero are left out: padding's have no gradient, nor in
+// the last layer of a model that classifies by one token have the others'. An infinite a there adds nothing.
 template <typename T>
 class LinearBlock {
  public:
@@ -32,29 +40,40 @@ class LinearBlock {
   explicit LinearBlock(const LinearContraction& layer)
       : layer_(layer), a_(buffer<A>(block_rows * block_inputs)) {}
 
-  void run(int64_t first, int64_t rows, double* out) {
-    for (int64_t row = 0; row < rows; ++row) out[row] = 0;
-    for (int64_t k = 0; k < layer_.inputs; k += block_inputs) {
-      const int64_t inputs = smaller(block_inputs, layer_.inputs - k);
-      pack_inputs(static_cast<const T*>(layer_.a) + first * layer_.a_stride + k, layer_.a_stride, rows, inputs,
-                  a_.get());
-      add_block(first, rows, k, inputs);
-      for (int64_t row = 0; row < rows; ++row)
-        for (int64_t lane = 0; lane < lanes<A>; ++lane) out[row] += double(sums_[row][lane]);
+  void run(double* out, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      out[row] = 0;
+      if (any_nonzero(b(row), layer_.outputs)) rows_[count_++] = row;
+      if (count_ == block_rows) add_rows(out);
     }
+    add_rows(out);
   }
 
  private:
-  // sums[row] = the part of <b, J v> from inputs [k, k + inputs), still spread over a vector's lanes
-  void add_block(int64_t first, int64_t rows, int64_t k, int64_t inputs) {
-    for (int64_t row = 0; row < ceil_div(rows, tile_rows) * tile_rows; ++row) sums_[row] = V{};
+  const T* b(int64_t row) const { return static_cast<const T*>(layer_.b) + row * layer_.b_stride; }
+
+  void add_rows(double* out) {
+    for (int64_t k = 0; k < layer_.inputs; k += block_inputs) {
+      const int64_t inputs = smaller(block_inputs, layer_.inputs - k);
+      const T* a = static_cast<const T*>(layer_.a) + k;
+      pack_inputs([&](int64_t i) { return a + rows_[i] * layer_.a_stride; }, count_, inputs, a_.get());
+      add_block(k, inputs);
+      for (int64_t i = 0; i < count_; ++i)
+        for (int64_t lane = 0; lane < lanes<A>; ++lane) out[rows_[i]] += double(sums_[i][lane]);
+    }
+    count_ = 0;
+  }
+
+  // sums[i] = the part of <b, J v> from inputs [k, k + inputs), still spread over a vector's lanes
+  void add_block(int64_t k, int64_t inputs) {
+    for (int64_t i = 0; i < ceil_div(count_, tile_rows) * tile_rows; ++i) sums_[i] = V{};
     for (int64_t column = 0; column < layer_.outputs; column += tile_columns<A>) {
       const A* v = static_cast<const A*>(layer_.packed) + column * layer_.inputs + k * tile_columns<A>;
-      for (int64_t row = 0; row < rows; row += tile_rows) {
+      for (int64_t first = 0; first < count_; first += tile_rows) {
         Tile<A> tile;
         if (k == 0 && layer_.v_bias) start_with_bias(tile, column);
-        tile.add_products(a_.get() + row * inputs, v, inputs);
-        for (int64_t i = 0; i < smaller(tile_rows, rows - row); ++i) multiply(tile, i, first + row, row + i, column);
+        tile.add_products(a_.get() + first * inputs, v, inputs);
+        for (int64_t i = 0; i < smaller(tile_rows, count_ - first); ++i) multiply(tile, i, first + i, column);
       }
     }
   }
@@ -64,23 +83,23 @@ class LinearBlock {
     for (int64_t row = 0; row < tile_rows; ++row) tile.start_row(row, bias, layer_.outputs - column);
   }
 
-  void multiply(const Tile<A>& tile, int64_t i, int64_t tile_row, int64_t row, int64_t column) {
+  void multiply(const Tile<A>& tile, int64_t tile_row, int64_t i, int64_t column) {
     A scratch[tile_columns<A>];
-    const T* b = static_cast<const T*>(layer_.b) + (tile_row + i) * layer_.b_stride + column;
-    const A* values = load_tile_row(b, smaller(tile_columns<A>, layer_.outputs - column), scratch);
-    sums_[row] += tile.sum[i][0] * *reinterpret_cast<const V*>(values) +
-                  tile.sum[i][1] * *reinterpret_cast<const V*>(values + lanes<A>);
+    const A* values =
+        load_tile_row(b(rows_[i]) + column, smaller(tile_columns<A>, layer_.outputs - column), scratch);
+    sums_[i] += tile.sum[tile_row][0] * *reinterpret_cast<const V*>(values) +
+                tile.sum[tile_row][1] * *reinterpret_cast<const V*>(values + lanes<A>);
   }
 
   const LinearContraction& layer_;
   Buffer<A> a_;
+  int64_t rows_[block_rows], count_ = 0;
   V sums_[block_rows];
 };
 
 template <typename T>
 void linear(const LinearContraction& layer, double* out, int64_t begin, int64_t end) {
-  LinearBlock<T> block(layer);
-  for (int64_t row = begin; row < end; row += block_rows) block.run(row, smaller(block_rows, end - row), out + row);
+  LinearBlock<T>(layer).run(out, begin, end);
 }
 
 template <typename T>

@@ -33,7 +33,7 @@ inline double hyperbolic_tangent(double x) { return std::tanh(x); }
 template <typename A>
 void multiply(const A* from, int64_t from_stride, const A* packed, int64_t inputs, int64_t outputs, const A* start,
               A* to, int64_t to_stride, int64_t samples, A* scratch) {
-  pack_inputs(from, from_stride, samples, inputs, scratch);
+  pack_inputs([&](int64_t i) { return from + i * from_stride; }, samples, inputs, scratch);
   for (int64_t column = 0; column < outputs; column += tile_columns<A>) {
     for (int64_t s = 0; s < samples; s += tile_rows) {
       const int64_t rows = smaller(tile_rows, samples - s);

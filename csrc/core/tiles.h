@@ -53,14 +53,13 @@ void pack_panels(const T* v, int64_t stride, int64_t outputs, int64_t inputs, ac
   }
 }
 
-// packed[tile][k][row] = a[tile * tile_rows + row][k], zero beyond the last row
-template <typename T>
-void pack_inputs(const T* a, int64_t stride, int64_t rows, int64_t inputs, acc_t<T>* packed) {
-  using A = acc_t<T>;
+// packed[tile][k][row] = a[tile * tile_rows + row][k], zero beyond the last row; row_of(i) points to row i of a
+template <typename A, typename F>
+void pack_inputs(const F& row_of, int64_t rows, int64_t inputs, A* packed) {
   for (int64_t row = 0; row < ceil_div(rows, tile_rows) * tile_rows; ++row) {
     A* to = packed + row / tile_rows * tile_rows * inputs + row % tile_rows;
-    const T* from = a + row * stride;
-    for (int64_t k = 0; k < inputs; ++k) to[k * tile_rows] = row < rows ? load(from[k]) : A(0);
+    const auto* from = row < rows ? row_of(row) : nullptr;
+    for (int64_t k = 0; k < inputs; ++k) to[k * tile_rows] = from ? load(from[k]) : A(0);
   }
 }
 

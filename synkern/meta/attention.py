@@ -11,17 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .context import MethodUnavailable
-from .rules import (
-    RULES,
-    Gradients,
-    Layer,
-    Rule,
-    cast_for_autocast,
-    layer_backward,
-    linear,
-    linear_gradients,
-    linear_share,
-)
+from .linear import Gradients, LinearMap
+from .rules import RULES, Layer, Rule, cast_for_autocast, layer_backward, linear
 
 
 def _thirds(weights: Gradients) -> tuple[list[Any], list[Any]]:
@@ -59,24 +50,23 @@ class _Projections(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         layer, saved = ctx.layer, ctx.saved_tensors
         inputs, weights = saved[::2], saved[1::2]
-        a = [x.reshape(-1, x.shape[-1]) for x in inputs]
         b = [x.reshape(-1, x.shape[-1]) for x in cotangents]
-        matrices, biases = _thirds(layer.directions)
         if layer.tensors[0] is None:
             needs = [(need, layer.needs[1]) for need in layer.needs[2:]]
         else:
             needs = [layer.needs[:2]] * 3
+        maps = [
+            LinearMap(layer, x.reshape(-1, x.shape[-1]), at, direction, need)
+            for x, at, direction, need in zip(
+                inputs, b, zip(*_thirds(layer.directions), strict=True), needs, strict=True
+            )
+        ]
 
         def contribution(n: int) -> Tensor:
-            parts = [
-                linear_share(*part, n)
-                for part in zip(a, b, matrices, biases, strict=True)
-                if part[2] is not None or part[3] is not None
-            ]
-            return torch.stack(parts).sum(0)
+            return torch.stack([part.share(n) for part in maps if part.has_direction]).sum(0)
 
         def gradients(weights: Tensor | None) -> Gradients:
-            return _packed([linear_gradients(*part, weights) for part in zip(a, b, needs, strict=True)], layer)
+            return _packed([part.gradients(weights) for part in maps], layer)
 
         tensors = layer.finish(cotangents, contribution, gradients)
         wanted = ctx.needs_input_grad[2:5]

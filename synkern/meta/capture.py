@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from . import attention, norms, recurrent  # noqa: F401  their rules register themselves
 from .context import MethodUnavailable, PerSampleLoss, describe_module, described, per_sample_losses
 from .graph import Graph
-from .rules import Gradients, Layer, Layout, Rule, find_rule, wide
+from .linear import Gradients, wide
+from .rules import Layer, Layout, Rule, find_rule
 
 Direction = Mapping[str, tuple[Tensor, Tensor]]
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .rules import FOREIGN, RULES, Gradients, Layer, Rule, layer_backward, sample_dots, weighted, wide
+from .linear import Gradients, wide
+from .rules import FOREIGN, RULES, Layer, Rule, layer_backward, sample_dots, weighted
 
 _ops = torch.ops.synkern
 _aten = torch.ops.aten

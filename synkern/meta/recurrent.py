@@ -18,17 +18,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from .context import MethodUnavailable
-from .rules import (
-    RULES,
-    Gradients,
-    Layer,
-    Rule,
-    cast_for_autocast,
-    layer_backward,
-    linear_gradients,
-    linear_share,
-    wide,
-)
+from .linear import Gradients, LinearMap, wide
+from .rules import RULES, Layer, Rule, cast_for_autocast, layer_backward
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input
@@ -261,11 +252,30 @@ def _fused_options(weights: Sequence[Tensor | None]) -> tuple[Any, ...]:
 def _finish(ctx: Any, steps: _Steps, at_input: Tensor, at_state: Tensor, *first: Tensor) -> tuple[Tensor | None, ...]:
     """What a backward returns, given the gradients at the gates' inputs and of the first states."""
     layer = ctx.layer
-    tensors = layer.finish(
-        at_state,
-        lambda n: _share(layer, steps, at_input, at_state, n),
-        lambda row_weight: _gradients(layer, steps, at_input, at_state, row_weight),
+    v_ih, v_hh, v_b_ih, v_b_hh = layer.directions
+    ih, hh, b_ih, b_hh = layer.needs
+    same = b_hh and b_ih and at_input is at_state  # an LSTM's two biases are one
+    of_input, of_state = (
+        LinearMap(layer, a.flatten(0, 1), b.flatten(0, 1), direction, needs)
+        for a, b, direction, needs in (
+            (steps.x, at_input, (v_ih, v_b_ih), (ih, b_ih)),
+            (steps.h, at_state, (v_hh, v_b_hh), (hh, b_hh and not same)),
+        )
     )
+
+    def contribution(n: int) -> Tensor:
+        return torch.stack([part.share(n) for part in (of_input, of_state) if part.has_direction]).sum(0)
+
+    def gradients(row_weight: Tensor | None) -> Gradients:
+        weight_ih, bias_ih = of_input.gradients(row_weight)
+        weight_hh, bias_hh = of_state.gradients(row_weight)
+        found = (weight_ih, weight_hh, bias_ih, bias_ih if same else bias_hh)
+        return tuple(
+            None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(found, layer.tensors, strict=True)
+        )
+
+    tensors = layer.finish(at_state, contribution, gradients)
     leading = len(ctx.needs_input_grad) - len(ctx.dtypes) - len(tensors)  # layer, anchor and the like
     needs = ctx.needs_input_grad[leading:]
     of_x = at_input.matmul(steps.w_ih) if needs[0] else None
@@ -275,30 +285,6 @@ def _finish(ctx: Any, steps: _Steps, at_input: Tensor, at_state: Tensor, *first:
         for gradient, dtype, needed in zip(inputs, ctx.dtypes, needs, strict=False)
     )
     return (*(None,) * leading, *cast, *tensors)
-
-
-def _share(layer: Layer, steps: _Steps, at_input: Tensor, at_state: Tensor, n: int) -> Tensor:
-    v_ih, v_hh, v_b_ih, v_b_hh = layer.directions
-    shares = []
-    for a, b, v, v_bias in ((steps.x, at_input, v_ih, v_b_ih), (steps.h, at_state, v_hh, v_b_hh)):
-        if v is not None or v_bias is not None:
-            rows, at = a.reshape(-1, a.shape[2]), b.view(-1, b.shape[2])
-            shares.append(linear_share(rows, at, v, v_bias, n))
-    return torch.stack(shares).sum(0)
-
-
-def _gradients(
-    layer: Layer, steps: _Steps, at_input: Tensor, at_state: Tensor, row_weight: Tensor | None
-) -> Gradients:
-    ih, hh, b_ih, b_hh = layer.needs
-    of_input = linear_gradients(steps.x.flatten(0, 1), at_input.flatten(0, 1), (ih, b_ih), row_weight)
-    same = b_hh and b_ih and at_input is at_state  # an LSTM's two biases are one
-    of_state = linear_gradients(steps.h.flatten(0, 1), at_state.flatten(0, 1), (hh, b_hh and not same), row_weight)
-    found = (of_input[0], of_state[0], of_input[1], of_input[1] if same else of_state[1])
-    return tuple(
-        None if gradient is None or tensor is None else gradient.to(tensor.dtype)
-        for gradient, tensor in zip(found, layer.tensors, strict=True)
-    )
 
 
 class _Ragged:

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from .. import _library  # noqa: F401  (the operators must exist before they are looked up)
 from .context import MethodUnavailable
+from .linear import Gradients, LinearMap, linear_share, live_rows, wide
 
-Gradients = tuple[Tensor | None, ...]
 Layout = tuple[int, str]  # dimensions of an output, and how samples lie in it: "rows", "time first" or "grouped"
 _ops = torch.ops.synkern
 _aten = torch.ops.aten
@@ -161,11 +161,6 @@ def cast_for_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def weighted(x: Tensor, row_weight: Tensor | None) -> Tensor:
     """x, its samples (dimension 0, equal groups) times their weights; in x's dtype, rounded once."""
     if row_weight is None:
@@ -178,79 +173,6 @@ def sample_dots(x: Tensor, y: Tensor, groups: int) -> Tensor:
     dtype = wide(x.dtype)
     x, y = x.reshape(groups, 1, -1).to(dtype), y.reshape(groups, -1, 1).to(dtype)
     return torch.bmm(x, y).view(groups)
-
-
-def linear_share(a: Tensor, b: Tensor, v: Tensor | None, v_bias: Tensor | None, n: int) -> Tensor:
-    """sum over rows r of each sample of <b_r, V a_r + v_bias>; a (R, K), b (R, P), v (P, K) -> (n,)."""
-    if v is not None:
-        return _ops.linear_contraction(a, b, v, v_bias, None, n)
-    assert v_bias is not None  # contributions are asked for only where there is a direction
-    return b.view(n, -1, b.shape[1]).sum(1, dtype=wide(b.dtype)) @ v_bias
-
-
-def linear_gradients(
-    a: Tensor, b: Tensor, needs: tuple[bool, ...], row_weight: Tensor | None, transposed: bool = False
-) -> Gradients:
-    """Gradients of weight (P, K), or (K, P) if ``transposed``, and bias (P,), from a (R, K) and b (R, P)."""
-    bias = bias_gradient(b, row_weight) if needs[1] else None
-    if not needs[0]:
-        return None, bias
-    a, b, row_weight = _of_weight(a, b, row_weight)
-    if a.shape[1] < b.shape[1]:  # the narrower one is cheaper to scale
-        a = weighted(a, row_weight)
-    else:
-        b = weighted(b, row_weight)
-    return (a.t().mm(b) if transposed else b.t().mm(a)), bias
-
-
-def bias_gradient(b: Tensor, row_weight: Tensor | None) -> Tensor:
-    """sum over rows of b (R, P), each sample's times its weight."""
-    if row_weight is None:
-        return b.sum(0, dtype=wide(b.dtype))
-    by_sample = b.view(len(row_weight), -1, b.shape[1]).sum(1, dtype=wide(b.dtype))
-    return row_weight.to(by_sample.dtype) @ by_sample
-
-
-def _of_weight(a: Tensor, b: Tensor, row_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The rows of samples whose weight is not zero, often half of them when weights are learned. On the CPU, where to
-    know how many there are stops nothing."""
-    if row_weight is None or not row_weight.is_cpu:
-        return a, b, row_weight
-    kept = row_weight.nonzero().squeeze(1)
-    if not 0 < len(kept) <= 0.75 * len(row_weight):
-        return a, b, row_weight
-    a, b = (x.view(len(row_weight), -1, x.shape[1]).index_select(0, kept).view(-1, x.shape[1]) for x in (a, b))
-    return a, b, row_weight[kept]
-
-
-_FEWEST_ROWS = 48  # a sample, below which reading a sample's gradient costs more than a second matrix product
-_LEAST_WORK = 1 << 20  # multiply-adds a sample, below which the calls cost more
-
-
-def by_sample_pays(layer: Layer, a: Tensor, b: Tensor, n: int) -> bool:
-    """Whether shares are cheapest taken from each sample's gradient on its way into the sum, which this backward makes
-    anyway: on the CPU, where the gradient of one sample stays in cache."""
-    run, rows = layer.engine.run, len(a) // n
-    v = layer.directions[0]
-    at_once = run.wants_gradients and run.deferred is None and layer.needs[0]
-    exact = a.is_cpu and a.dtype in (torch.float32, torch.float64) and v is not None and v.dtype == a.dtype
-    return at_once and exact and rows >= _FEWEST_ROWS and rows * a.shape[1] * b.shape[1] >= _LEAST_WORK
-
-
-def gradient_by_sample(
-    a: Tensor, b: Tensor, v: Tensor, n: int, row_weight: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """sum_i w_i g_i and <v, g_i> (n,), of each sample's gradient g_i = b_i^T a_i of a weight (P, K), one by one."""
-    a, b = a.view(n, -1, a.shape[1]), b.view(n, -1, b.shape[1])
-    weights = [1.0] * n if row_weight is None else row_weight.tolist()
-    total, gradient, shares = torch.zeros_like(v), torch.empty_like(v), torch.empty(n, dtype=v.dtype)
-    flat, direction = gradient.view(-1), v.reshape(-1)
-    for i, weight in enumerate(weights):
-        torch.mm(b[i].t(), a[i], out=gradient)
-        torch.dot(flat, direction, out=shares[i])
-        if weight:
-            total.add_(gradient, alpha=weight)
-    return total, shares
 
 
 class _Linear(torch.autograd.Function):
@@ -270,37 +192,22 @@ class _Linear(torch.autograd.Function):
         layer, transposed = ctx.layer, ctx.transposed
         x, weight = ctx.saved_tensors
         rows, a = (y.reshape(-1, y.shape[-1]) for y in layer.samples_first(b, x))
+        live = live_rows(rows, rows.shape[0] * weight.numel())
         grad_x = None
         if ctx.needs_input_grad[3]:
-            grad_x = rows.mm(weight.t() if transposed else weight)
+            grad_x = _of_input(rows, weight.t() if transposed else weight, live)
             if layer.time_first(b):
                 grad_x = grad_x.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
             else:
                 grad_x = grad_x.view(x.shape)
-        return None, None, None, grad_x, *_finish_linear(layer, b, a, rows, transposed)
+        done = LinearMap(layer, a, rows, layer.directions, layer.needs, transposed=transposed, live=live)
+        return None, None, None, grad_x, *layer.finish(b, done.share, done.gradients)
 
 
-def _finish_linear(layer: Layer, cotangent: Tensor, a: Tensor, b: Tensor, transposed: bool) -> Gradients:
-    v, v_bias = layer.directions
-    left, right = (b, a) if transposed else (a, b)  # <b, V^T a> = <a, V b>: a transposed v is read as it lies
-    made: list[Tensor] = []
-
-    def contribution(n: int) -> Tensor:
-        if v is not None and by_sample_pays(layer, a, b, n):
-            gradient, share = gradient_by_sample(left, right, v, n, layer.engine.run.row_weight)
-            made.append(gradient)
-        elif v is not None and transposed:
-            share = linear_share(left, right, v, None, n)
-        else:
-            return linear_share(a, b, v, v_bias, n)
-        return share if v_bias is None else share + linear_share(a, b, None, v_bias, n)
-
-    def gradients(row_weight: Tensor | None) -> Gradients:
-        if not made:
-            return linear_gradients(a, b, layer.needs, row_weight, transposed)
-        return made[0], bias_gradient(b, row_weight) if layer.needs[1] else None
-
-    return layer.finish(cotangent, contribution, gradients)
+def _of_input(b: Tensor, weight: Tensor, live: Tensor | None) -> Tensor:
+    if live is None:
+        return b.mm(weight)
+    return b.new_zeros(b.shape[0], weight.shape[1]).index_copy_(0, live, b.index_select(0, live).mm(weight))
 
 
 class LinearRule(Rule):

@@ -13,7 +13,7 @@ from .._checks import check_reduction
 from .capture import Capture, Run, SampleCheck
 from .context import unwrap
 from .direction import check_direction
-from .rules import Gradients
+from .linear import Gradients
 
 _NAME = "scored_step"
 

@@ -19,7 +19,7 @@ from tolerances import SCORES
 from torch import nn
 from torch.nn import functional as F
 
-from synkern.meta import MethodUnavailable, rules, sample_scores, scored_step
+from synkern.meta import MethodUnavailable, linear, sample_scores, scored_step
 
 pytest.importorskip("transformers")
 
@@ -188,8 +188,8 @@ def test_long_samples(dtype, way, monkeypatch):
     options = {k: x.to(dtype) if isinstance(x, torch.Tensor) else x for k, x in WAYS[way].items()}
     _, gradients = plain_gradients(workload, **options)
     calls = []
-    by_sample = rules.gradient_by_sample
-    monkeypatch.setattr(rules, "gradient_by_sample", lambda *args: calls.append(1) or by_sample(*args))
+    by_sample = linear.gradient_by_sample
+    monkeypatch.setattr(linear, "gradient_by_sample", lambda *args: calls.append(1) or by_sample(*args))
     with scored_step(workload.model, direction) as step:
         step.reduce(workload.losses(), **options).backward()
     assert len(calls) == 2
