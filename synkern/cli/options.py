@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import inspect
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-if TYPE_CHECKING:
-    from synkern.recipes.settings import Settings
+from synkern.recipes.settings import OUTPUT, Settings, parse_methods
 
-    AnySettings = TypeVar("AnySettings", bound=Settings)
-
+AnySettings = TypeVar("AnySettings", bound=Settings)
 _INTERRUPTED, _FAILED = 130, 1
-DATA, TRAINING, OUTPUT = "Data", "Training", "Output"
 
 
 def option(text: str, panel: str, *names: str) -> Any:
@@ -27,86 +26,91 @@ def option(text: str, panel: str, *names: str) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=True)
 
 
-Out = Annotated[Path, option("Folder for everything that is written.", OUTPUT, "--out")]
-Train = Annotated[
-    str | None,
-    option(
-        "Rows to train on, labels not to be trusted: .jsonl, .jsonl.gz, .csv, .parquet, or a `datasets` id "
-        "as name, name:split or name@configuration:split.",
-        DATA,
-        "--train",
-    ),
-]
-Test = Annotated[str | None, option("Rows to test on.", DATA, "--test")]
-Model = Annotated[
-    str,
-    option(
-        "bilstm (trained from scratch, nothing to download) or a transformers model by folder or id.",
-        TRAINING,
-        "--model",
-    ),
-]
-Seeds = Annotated[int, option("Number of seeds, from 0.", TRAINING, "--seeds")]
-TextColumn = Annotated[str | None, option("Default: text, or text_a with text_b.", DATA, "--text-column")]
-TextPairColumn = Annotated[str | None, option("Second text of a pair.", DATA, "--text-pair-column")]
-LabelColumn = Annotated[str, option("Text or whole numbers.", DATA, "--label-column")]
-TrueLabelColumn = Annotated[
-    str,
-    option("Right labels of the training rows, if known; used in tables and plots only.", DATA, "--true-label-column"),
-]
-Labels = Annotated[
-    str | None,
-    option(
-        "Label names in index order, as a,b,c or a JSON file with a list `labels`. Default: those in --train.",
-        DATA,
-        "--labels",
-    ),
-]
-SkipBadRows = Annotated[
-    bool, option("Leave out rows that cannot be used, and count them.", DATA, "--skip-bad-rows")
-]
-LimitTrain = Annotated[int | None, option("Use a random part of --train.", DATA, "--limit-train")]
-LimitReal = Annotated[int | None, option("Use a random part of --real.", DATA, "--limit-real")]
-LimitTest = Annotated[int | None, option("Use a random part of --test.", DATA, "--limit-test")]
-BatchSize = Annotated[int, option("Rows in a step.", TRAINING, "--batch-size")]
-MaxLength = Annotated[int, option("Tokens at which a row is cut.", TRAINING, "--max-length")]
-WeightDecay = Annotated[float, option("Of AdamW or Adam.", TRAINING, "--weight-decay")]
-ClipNorm = Annotated[float, option("Greatest norm of a step's gradient.", TRAINING, "--clip-norm")]
-Device = Annotated[str, option("cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.", TRAINING, "--device")]
-Threads = Annotated[int | None, option("CPU threads. Default: torch's choice.", TRAINING, "--threads")]
-KeepModels = Annotated[
-    str, option("Which trained models to save: those of the first seed, all or none.", OUTPUT, "--keep-models")
-]
 Resume = Annotated[
     bool, option("Go on with the run in --out; its settings need not be given again.", OUTPUT, "--resume")
 ]
 Overwrite = Annotated[bool, option("Replace the run in --out.", OUTPUT, "--overwrite")]
 
 
+def takes(kind: type[Settings]) -> Callable[[Callable[[typer.Context], None]], Callable[..., None]]:
+    """Gives a command the fields of its settings as options, with ``--resume`` and ``--overwrite``.
+
+    The command itself finds them in ``ctx.params``, as :func:`settings_from` does.
+    """
+    hints = get_type_hints(kind)
+    parameters = [_parameter(field, hints[field.name]) for field in dataclasses.fields(kind)]
+    parameters += [_keyword("resume", Resume, False), _keyword("overwrite", Overwrite, False)]
+
+    def decorate(command: Callable[[typer.Context], None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def wrapper(ctx: typer.Context, **_: Any) -> None:
+            command(ctx)
+
+        context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        wrapper.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in (context, *parameters)}
+        return wrapper
+
+    return decorate
+
+
+def option_of(kind: type[Settings], name: str) -> Any:
+    """The option of one field, for a command that has few of them."""
+    return _option(next(field for field in dataclasses.fields(kind) if field.name == name))
+
+
+def _option(field: dataclasses.Field[Any]) -> Any:
+    flag = f"--{_name(field).replace('_', '-')}"
+    if field.default is True:
+        flag += f"/--no-{flag[2:]}"
+    return option(field.metadata["help"], field.metadata["panel"], flag)
+
+
+def _name(field: dataclasses.Field[Any]) -> str:
+    return field.metadata["name"] or field.name
+
+
+def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+    """A field as typer wants it. Where it has no default one may still be left out, under --resume."""
+    default = None if field.default is dataclasses.MISSING else field.default
+    if field.name == "out":
+        hint, default = Path, inspect.Parameter.empty
+    elif field.name == "methods":
+        hint, default = str, ",".join(default or ())
+    elif default is None and hint is str:
+        hint = str | None
+    return _keyword(_name(field), Annotated[hint, _option(field)], default)
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
 def settings_from(
-    ctx: typer.Context, kind: type[AnySettings], given: dict[str, Any], sources: Sequence[str], *, resume: bool
+    ctx: typer.Context, kind: type[AnySettings], methods: Collection[str], sources: Sequence[str]
 ) -> AnySettings:
     """Settings from the command line; with --resume, those of the earlier run and what was given explicitly.
 
     Args:
         ctx: of the command.
         kind: which settings.
-        given: all parameters of the command, with ``methods`` and ``out`` in the form of the settings.
+        methods: names that --method takes.
         sources: data that must be named.
-        resume: whether --resume was given.
     """
     from synkern.recipes.errors import RecipeError
     from synkern.recipes.runs import stored_settings
 
+    params = ctx.params
+    given = {**params, "methods": parse_methods(params["method"], methods), "out": str(params["out"])}
     names = {field.name for field in dataclasses.fields(kind)}
-    if resume:
+    if params["resume"]:
         explicit = {
             "methods" if name == "method" else name
-            for name in given
+            for name in params
             if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
         }
         return dataclasses.replace(
-            stored_settings(Path(given["out"]), kind), **{name: given[name] for name in (explicit | {"out"}) & names}
+            stored_settings(params["out"], kind), **{name: given[name] for name in (explicit | {"out"}) & names}
         )
     for name in sources:
         if given[name] is None:

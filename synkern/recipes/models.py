@@ -20,8 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 from synkern.recipes.data import LabelledText, LabelSet
 from synkern.recipes.errors import RecipeError
 from synkern.recipes.files import write_folder, write_json
+from synkern.recipes.settings import BILSTM
 
-BILSTM = "bilstm"
 _PAD, _UNKNOWN, _SEPARATOR = "[PAD]", "[UNK]", "[SEP]"
 _DESCRIPTION = "classifier.json"
 

@@ -24,7 +24,7 @@ from synkern.recipes.errors import DataError, RecipeError
 from synkern.recipes.files import write_atomic, write_json
 from synkern.recipes.models import EncodedText, ModelFamily, model_family
 from synkern.recipes.progress import Progress
-from synkern.recipes.settings import MAY_GROW, Settings, option
+from synkern.recipes.settings import MAY_GROW, Settings, flag
 from synkern.recipes.training import classification_metrics, predict_logits
 
 RUN_FILE, NOISY_FILE = "run.json", "train_noisy.jsonl"
@@ -254,7 +254,7 @@ def _open_run(settings: Settings, data: Data, *, resume: bool) -> None:
         for name, value in record["settings"].items():
             if name not in (*MAY_GROW, "out") and before["settings"].get(name) != value:
                 raise RecipeError(
-                    f"--resume: expected {option(name)} {before['settings'].get(name)} as in "
+                    f"--resume: expected {flag(name)} {before['settings'].get(name)} as in "
                     f"the earlier run, got {value}; leave the option out, or choose another --out"
                 )
         for name, fingerprint in record["data"].items():

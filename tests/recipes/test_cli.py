@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from synkern.cli import app
 from synkern.cli.info import lines
+from synkern.recipes.importance import METHODS
 from synkern.recipes.settings import TrainSettings, parse_methods
 
 runner = CliRunner()
@@ -98,8 +99,8 @@ def test_sources_are_required(tmp_path: Path) -> None:
 
 
 def test_methods() -> None:
-    assert parse_methods("all") == ("ce", "focal", "imp", "dimp")
-    assert parse_methods("DIMP, ce,dimp") == ("dimp", "ce")
+    assert parse_methods("all", METHODS) == ("ce", "focal", "imp", "dimp")
+    assert parse_methods("DIMP, ce,dimp", METHODS) == ("dimp", "ce")
 
 
 def test_settings_survive_json(make_settings: Callable[..., TrainSettings]) -> None:
