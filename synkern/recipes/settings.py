@@ -289,8 +289,9 @@ class ReweightSettings(Settings):
         "Size of the subset: a share of --train, or above 1 a number of rows; also of what confidence keeps.",
     )  # fmt: skip
     train_on_subset: bool = option(
-        False, TRAINING, "Train the final model of sungen on the subset, rather than on all rows with their weights."
-    )
+        True, TRAINING,
+        "Train the final model of sungen on the subset, as the paper does, rather than on all rows with their weights.",
+    )  # fmt: skip
     epochs: int | None = option(
         None, TRAINING, "Epochs of the final model of each method. Default: 5 for the BiLSTM, 3 for transformers."
     )

@@ -312,9 +312,10 @@ class SunGen:
 
 
 def sungen(task: Task) -> Outcome:
-    """Algorithm 1, then cross entropy weighted by the result (``train_on_subset``: on a subset drawn by it).
+    """Algorithm 1, then a model of the subset drawn by its weights, or of all rows with them (no ``train_on_subset``).
 
-    Of the subset (000 section 3), row i is kept with probability w'_i, the weights scaled to sum to ``budget``.
+    Row i is in the subset with probability w'_i, the weights scaled to sum to ``budget`` (000 section 3). On all rows
+    the model learns those of small weight too, only later: benchmarks/results/reweight.
     """
     weights, trace = SunGen(task).run()
     weight = weights().detach()
