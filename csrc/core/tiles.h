@@ -1,38 +1,17 @@
 // Matrix products in tiles that stay in registers, compiled once per instruction set. In an unnamed namespace, as
-// vector_loops.h is.
+// vectors.h is.
 #pragma once
 #include <cstdlib>
 #include <memory>
 
-#include "core/vector_loops.h"
+#include "core/vectors.h"
 
 namespace synkern {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int vector_bytes = 64;
-#elif defined(__AVX__)
-constexpr int vector_bytes = 32;
-#else
-constexpr int vector_bytes = 16;
-#endif
-
-template <typename A>
-struct Vector;
-template <>
-struct Vector<float> {
-  typedef float type __attribute__((vector_size(vector_bytes), aligned(4)));
-};
-template <>
-struct Vector<double> {
-  typedef double type __attribute__((vector_size(vector_bytes), aligned(8)));
-};
-
 // A tile of tile_rows x tile_columns sums stays in registers: 12 accumulators hide the latency of the multiply-add, 2
 // vectors of v and a broadcast of a fill AVX2's 16.
 constexpr int64_t tile_rows = 6, tile_vectors = 2;
-template <typename A>
-constexpr int64_t lanes = vector_bytes / int64_t(sizeof(A));
 template <typename A>
 constexpr int64_t tile_columns = tile_vectors * lanes<A>;
 

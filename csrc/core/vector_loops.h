@@ -1,46 +1,15 @@
-// The loops over one row's classes, compiled once per instruction set. Everything is in an unnamed namespace: a
-// merged copy of an inline function would run one instruction set's code on a machine that has another.
+// The loops over one row's classes, compiled once per instruction set. In an unnamed namespace, as vectors.h is.
 #pragma once
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
 
-#include "core/dtype.h"
+#include "core/vectors.h"
 #include "losses/row_terms.h"
 
 namespace synkern {
 namespace {
 
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
-
-inline float bits_to_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-inline uint32_t float_to_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-inline float load(bfloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
-// Branch-free, so that loops over it vectorise: rebias the exponent by a multiplication, which also makes subnormals
-// right, then restore infinities and NaN.
-inline float load(float16 x) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = uint32_t(x.bits & 0x7fffu) << 13;
-  const float scaled = bits_to_float(magnitude) * 0x1p112f;
-  const uint32_t special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0u;
-  return bits_to_float(float_to_bits(scaled) | special | sign);
-}
+inline float bits_to_float(uint32_t bits) { return as<float>(bits); }
+inline uint32_t float_to_bits(float x) { return as<uint32_t>(x); }
 
 inline void store(float x, float* to) { *to = x; }
 inline void store(double x, double* to) { *to = x; }
@@ -60,26 +29,6 @@ inline void store(float x, float16* to) {
   to->bits = uint16_t(sign | result);
 }
 
-// e^x for x <= 0 (a row minus its maximum), relative error 1e-7, in 13 instructions: the loops below are bound by them.
-// x is clamped at -127 log 2, where the exponent addition gives exactly zero. Undefined for NaN: rows that hold one are
-// found with the maximum and get NaN statistics.
-inline float exp_nonpositive(float x) {
-  constexpr float lowest = -88.0296919f, log2_e = 1.44269504f, log_2 = 0.693147182f;
-  constexpr float to_integer = 12582912.f;  // 1.5 * 2^23: the addition leaves the integer in the low bits
-  const float clamped = lowest > x ? lowest : x;
-  const float shifted = clamped * log2_e + to_integer;
-  const float r = clamped - (shifted - to_integer) * log_2;
-  float y = 1.3813136611133814e-3f;  // minimax on |r| <= log(2) / 2, relative error 3e-9
-  y = y * r + 8.36941972374916e-3f;
-  y = y * r + 4.166845604777336e-2f;
-  y = y * r + 1.6666515171527863e-1f;
-  y = y * r + 4.999999403953552e-1f;
-  y = y * r + 1.f;
-  y = y * r + 1.f;
-  return bits_to_float(float_to_bits(y) + (float_to_bits(shifted) << 23));
-}
-inline double exp_nonpositive(double x) { return std::exp(x); }
-
 // 16 KB of float32: the block is still in the first-level cache for its second pass.
 constexpr int64_t block_classes = 4096;
 constexpr double infinity = std::numeric_limits<double>::infinity();
@@ -92,92 +41,109 @@ struct BlockMax {
 
 template <typename T>
 BlockMax<T> block_max(const T* z, int64_t n) {
-  acc_t<T> m = -acc_t<T>(infinity);
-  int nan = 0;
-#pragma omp simd reduction(max : m) reduction(| : nan)
-  for (int64_t j = 0; j < n; ++j) {
-    const acc_t<T> x = load(z[j]);
+  Floats m = Floats{} - float(infinity);
+  Bits nan{};
+  const auto see = [&](Floats x) {
     m = x > m ? x : m;
-    nan |= x != x;
+    nan |= Bits(x != x);
+  };
+  int64_t j = 0;
+  for (; j + lanes<float> <= n; j += lanes<float>) see(load_vector(z + j));
+  if (n < lanes<float>)
+    see(load_vector(z, n, -float(infinity)));
+  else if (j < n)
+    see(load_vector(z + n - lanes<float>));
+  return {reduce<float>(m, [](auto x, auto y) { return x > y ? x : y; }),
+          reduce<uint32_t>(nan, [](auto x, auto y) { return x | y; }) != 0};
+}
+template <>
+BlockMax<double> block_max(const double* z, int64_t n) {
+  double m = -infinity;
+  bool nan = false;
+  for (int64_t j = 0; j < n; ++j) {
+    m = z[j] > m ? z[j] : m;
+    nan |= z[j] != z[j];
   }
-  return {m, nan != 0};
+  return {m, nan};
 }
 
 // Keeps the exponentials of a row for its gradient, or nothing.
 struct Discard {
   template <typename A>
   void operator()(int64_t, A) const {}
+  void operator()(int64_t, Floats, int64_t) const {}
 };
 template <typename A>
 struct Keep {
   A* out;
   void operator()(int64_t j, A e) const { out[j] = e; }
+  void operator()(int64_t j, Floats e) const { store_vector(e, out + j); }
+  void operator()(int64_t j, Floats e, int64_t n) const {
+    for (int64_t k = 0; k < lanes<float>; ++k)
+      if (k < n) out[j + k] = e[k];
+  }
 };
 
+// Gives `take` a row's vectors with the lanes that count, and `sink` what comes back. The last vector of a row ends with
+// it and begins in the one before; of a row that fills none the rest is -inf, whose exponential is 0. Inlined by force:
+// called, it would keep the caller's sums in memory, at 12 cycles a vector.
+template <typename T, typename Take, typename Sink>
+__attribute__((always_inline)) inline void for_vectors(const T* z, int64_t n, const Take& take, const Sink& sink) {
+  const Bits all = ~Bits{};
+  if (n < lanes<float>) return sink(0, take(load_vector(z, n, -float(infinity)), all), n);
+  int64_t j = 0;
+  for (; j + lanes<float> <= n; j += lanes<float>) sink(j, take(load_vector(z + j), all));
+  if (j < n) sink(n - lanes<float>, take(load_vector(z + n - lanes<float>), last_lanes(n - j)));
+}
+
 template <typename T, typename Sink>
-double sum_exp_whole(const T* z, int64_t n, acc_t<T> max, Sink sink) {
-  acc_t<T> sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const acc_t<T> e = exp_nonpositive(acc_t<T>(load(z[j])) - max);
-    sum += e;
-    sink(j, e);
+double sum_exp(const T* z, int64_t n, acc_t<T> max, Sink sink) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    double sum = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      const double e = exp_nonpositive(z[j] - max);
+      sum += e;
+      sink(j, e);
+    }
+    return sum;
+  } else {
+    Floats sum{};
+    for_vectors(z, n, [&](Floats x, Bits counts) {
+      const Floats e = exp_nonpositive(x - max);
+      sum += as<Floats>(as<Bits>(e) & counts);
+      return e;
+    }, sink);
+    return reduce<float>(sum, [](auto x, auto y) { return x + y; });
   }
-  return sum;
 }
 
 // The same without the maxima themselves, which are counted: their sum is a 1 that would swallow small terms.
 template <typename T, typename Sink>
-double sum_exp_below_whole(const T* z, int64_t n, acc_t<T> max, int64_t& maxima, Sink sink) {
-  acc_t<T> sum = 0;
-  int count = 0;
-#pragma omp simd reduction(+ : sum, count)
-  for (int64_t j = 0; j < n; ++j) {
-    const acc_t<T> x = load(z[j]), e = exp_nonpositive(x - max);
-    sum += x == max ? acc_t<T>(0) : e;
-    count += x == max;
-    sink(j, e);
-  }
-  maxima += count;
-  return sum;
-}
-
-// The last elements of a row, padded to whole vectors: one by one, their exponentials took a third of a row of 100.
-template <typename T>
-struct Tail {
-  using A = acc_t<T>;
-  static constexpr int64_t lanes = 64 / int64_t(sizeof(A));
-  A z[lanes], e[lanes];
-  int64_t start, n;
-  Tail(const T* row, int64_t row_length) : start(row_length / lanes * lanes), n(row_length - start) {
-    for (int64_t j = 0; j < lanes; ++j) z[j] = -A(infinity);
-    for (int64_t j = 0; j < n; ++j) z[j] = load(row[start + j]);
-  }
-  template <typename Sink>
-  void give(Sink sink) const {
-    for (int64_t j = 0; j < n; ++j) sink(start + j, e[j]);
-  }
-};
-
-template <typename T, typename Sink>
-double sum_exp(const T* z, int64_t n, acc_t<T> max, Sink sink) {
-  Tail<T> tail(z, n);
-  double sum = sum_exp_whole(z, tail.start, max, sink);
-  if (tail.n == 0) return sum;
-  sum += sum_exp_whole(tail.z, tail.lanes, max, Keep<acc_t<T>>{tail.e});
-  tail.give(sink);
-  return sum;
-}
-
-template <typename T, typename Sink>
 double sum_exp_below(const T* z, int64_t n, acc_t<T> max, int64_t& maxima, Sink sink) {
-  Tail<T> tail(z, n);
   maxima = 0;
-  double sum = sum_exp_below_whole(z, tail.start, max, maxima, sink);
-  if (tail.n == 0) return sum;
-  sum += sum_exp_below_whole(tail.z, tail.lanes, max, maxima, Keep<acc_t<T>>{tail.e});
-  tail.give(sink);
-  return sum;
+  if constexpr (sizeof(T) == sizeof(double)) {
+    double sum = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      const double e = exp_nonpositive(z[j] - max);
+      sum += z[j] == max ? 0.0 : e;
+      maxima += z[j] == max;
+      sink(j, e);
+    }
+    return sum;
+  } else {
+    Floats sum{};
+    Bits count{};
+    for_vectors(z, n, [&](Floats x, Bits counts) {
+      const Floats e = exp_nonpositive(x - max);
+      const Bits at_max = Bits(x == max);  // all bits of such a lane, or -1
+      sum += as<Floats>(as<Bits>(e) & ~at_max & counts);
+      count -= at_max & counts;
+      return e;
+    }, sink);
+    const auto add = [](auto x, auto y) { return x + y; };
+    maxima = reduce<uint32_t>(count, add);
+    return reduce<float>(sum, add);
+  }
 }
 
 // One read of the row from memory: each block's maximum, then its exponentials while it is in cache. sink_at(block,

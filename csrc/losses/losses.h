@@ -38,11 +38,16 @@ struct Scalar {
   T ratio;                    // the row's IMP or DIMP weight, 1 for every other loss
 };
 
-// f = -A (1 - e^t)
+// The target's, each with digits of its own: 1 - p beside p = 1, and p where e^t would be rounded with a large t.
 template <typename T>
-SYNKERN_INLINE Scalar<T> reverse_cross_entropy(T t, T log_zero) {
-  const T p = std::exp(t);
-  return {log_zero * std::expm1(t), log_zero * p, log_zero * p, T(1)};
+struct Probability {
+  T t, p, not_p;  // log p, p, 1 - p
+};
+
+// f = -A (1 - p)
+template <typename T>
+SYNKERN_INLINE Scalar<T> reverse_cross_entropy(const Probability<T>& at, T log_zero) {
+  return {-log_zero * at.not_p, log_zero * at.p, log_zero * at.p, T(1)};
 }
 
 // f = (1 - e^{qt}) / q, constant where p <= truncation; q = 0 is its limit, cross entropy
@@ -68,8 +73,8 @@ SYNKERN_INLINE T power(T x, T y) {
 // f = -(1 - p)^gamma t. With u = 1 - p, t / u stays finite as p -> 1 (its limit is -1) and p t as p -> 0, so the
 // slope is written in those two: u^(gamma - 1) alone is infinite at t = 0 for gamma < 1.
 template <typename T>
-SYNKERN_INLINE Scalar<T> focal(T t, T gamma, bool detach_modulation) {
-  const T p = std::exp(t), u = -std::expm1(t);
+SYNKERN_INLINE Scalar<T> focal(const Probability<T>& at, T gamma, bool detach_modulation) {
+  const T t = at.t, p = at.p, u = at.not_p;
   const T modulation = gamma == T(0) ? T(1) : power(u, gamma);
   const T value = modulation == T(0) ? T(0) : -modulation * t;
   if (detach_modulation || gamma == T(0)) return {value, -modulation, T(0), T(1)};
@@ -93,25 +98,25 @@ SYNKERN_INLINE Scalar<T> weighted_log_likelihood(T t, T weight, T max_weight, bo
 }
 
 template <typename T>
-SYNKERN_INLINE Scalar<T> evaluate(const LossParameters& loss, T t, T ratio) {
-  const T p0 = T(loss.p0), p1 = T(loss.p1), p2 = T(loss.p2);
+SYNKERN_INLINE Scalar<T> evaluate(const LossParameters& loss, const Probability<T>& at, T ratio) {
+  const T t = at.t, p0 = T(loss.p0), p1 = T(loss.p1), p2 = T(loss.p2);
   switch (loss.kind) {
     case LossKind::rce:
-      return reverse_cross_entropy(t, p0);
+      return reverse_cross_entropy(at, p0);
     case LossKind::gce:
       return generalized_cross_entropy(t, p0, p1);
     case LossKind::sce: {
-      const Scalar<T> r = reverse_cross_entropy(t, p2);
+      const Scalar<T> r = reverse_cross_entropy(at, p2);
       return {p1 * r.value - p0 * t, p1 * r.slope - p0, p1 * r.curvature, T(1)};
     }
     case LossKind::focal:
-      return focal(t, p0, p1 != T(0));
+      return focal(at, p0, p1 != T(0));
     case LossKind::imp:
       return weighted_log_likelihood(t, p1 != T(0) ? std::exp(ratio) : ratio, p0, false);
     case LossKind::dimp:
-      // one exponential of the difference: quality and 1/p may each leave the range where their product does not
-      return weighted_log_likelihood(t, p1 != T(0) ? std::exp(ratio - t) : (ratio == T(0) ? T(0) : ratio * std::exp(-t)),
-                                     p0, p2 == T(0));
+      // of logarithms one exponential of the difference: quality and 1/p may each leave the range where w does not
+      return weighted_log_likelihood(t, p1 != T(0) ? std::exp(ratio - t) : (ratio == T(0) ? T(0) : ratio / at.p), p0,
+                                     p2 == T(0));
     default:
       return {-t, T(-1), T(0), T(1)};
   }

@@ -480,6 +480,22 @@ def test_nothing_is_kept_alive(way):
     assert model() is None and given() is None
 
 
+def test_weights_made_from_the_losses_keep_nothing_alive():
+    """The function of the scores holds the losses, their graph holds the step, and no collector sees through a graph."""
+    workload = small.mlp()
+
+    def one_step():
+        direction = small.direction_for(workload.model)
+        with scored_step(workload.model, direction, reweight=lambda s: s.clamp(min=0) * losses.detach()) as step:
+            losses = workload.losses()
+            step.reduce(losses).backward()
+        return [weakref.ref(x) for x in (losses, step, step.weights, *direction.values())]
+
+    left = one_step()
+    gc.collect()
+    assert not [x() for x in left if x() is not None]
+
+
 def test_training_with_scores_is_training():
     """The same parameters after some steps of Adam as without scores, and scores that follow the parameters."""
     workload = small.encoder().to(torch.float64)
