@@ -481,7 +481,7 @@ def test_nothing_is_kept_alive(way):
 
 
 def test_weights_made_from_the_losses_keep_nothing_alive():
-    """The function of the scores holds the losses, their graph holds the step, and no collector sees through a graph."""
+    """The function of the scores holds the losses and their graph the step: a cycle through what no collector sees."""
     workload = small.mlp()
 
     def one_step():
