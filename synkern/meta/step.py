@@ -38,7 +38,8 @@ def scored_step(
     The scores are those of the unweighted losses, also where a weight is zero. The gradients are those of plain
     backward, through autograd: hooks, accumulation and DistributedDataParallel see nothing new. Costs one matrix
     product a layer, about a third of a step; on the CPU a tenth to a fifth with 64 tokens or more a sample, where the
-    share is read off each sample's gradient. Fused attention, autocast and gradient checkpointing stay as they are.
+    share is read off each sample's gradient, and less with padding, whose rows have no gradient and are left out. Fused
+    attention, autocast and gradient checkpointing stay as they are.
 
     With ``reweight`` the weights come out of the scores, in the same backward (learning to reweight): every layer keeps
     its input and output gradient until the scores are complete, then ``reweight(scores)`` gives the weights, then
