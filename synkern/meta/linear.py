@@ -17,7 +17,7 @@ _ops = torch.ops.synkern
 
 _FEWEST_ROWS = 48  # a sample, below which reading a sample's gradient costs more than a second matrix product
 _LEAST_WORK = 1 << 20  # multiply-adds a sample, below which the calls cost more
-_LEAST_DEAD = 0.125  # share of the rows; to find and to copy the others costs about 5 % of a product of width 384
+_LEAST_DEAD = 0.125  # share of the rows; to find and to copy the others takes 5 % of a product of width 384
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -29,8 +29,8 @@ def live_rows(b: Tensor, work: int) -> Tensor | None:
     """Numbers of the rows of b (R, P) that are not all zero, or None if leaving the others out does not pay.
 
     Padding has no gradient, nor in the last layer of a model that classifies by its first token have the other tokens:
-    of the rows of a BERT with a quarter of padding a third is zero. On the CPU, where to know how many there are stops
-    nothing.
+    of the products of a BERT with 23 % of padding a third falls away. On the CPU, where to know how many there are
+    stops nothing.
 
     Args:
         b: the gradient at the output of a linear map.

@@ -40,6 +40,15 @@ def option(default: Any, panel: str, text: str, name: str | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"panel": panel, "help": text, "name": name})
 
 
+def _learning_rate(transformers_rate: float, suited: str) -> Any:
+    rate = f"{transformers_rate:.0e}".replace("e-0", "e-")
+    return option(
+        None, TRAINING,
+        f"Default: 1e-3, Adam, constant for the BiLSTM; {rate}, AdamW, falling to 0 for transformers, which suits "
+        f"{suited}: a small encoder such as MiniLM needs 2e-4 to 5e-4.",
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Options that all recipes share; None stands for the model's own default, see :meth:`resolved`.
@@ -190,11 +199,7 @@ class TrainSettings(Settings):
     checker_epochs: int = option(
         5, TRAINING, "Epochs of quality and diversity checker; a BiLSTM on fewer than 500 --real rows may need more."
     )
-    learning_rate: float | None = option(
-        None, TRAINING,
-        "Default: 1e-3, Adam, constant for the BiLSTM; 6e-5, AdamW, falling to 0 for transformers, which suits "
-        "BERT-base: a small encoder such as MiniLM needs 2e-4 to 5e-4.",
-    )  # fmt: skip
+    learning_rate: float | None = _learning_rate(transformers_rate, "BERT-base")
     gamma: float = option(2.0, TRAINING, "Exponent of the focal loss.")
     max_weight: float | None = option(
         None, TRAINING, "Greatest weight of a row in imp and dimp. Default: none."
@@ -295,11 +300,7 @@ class ReweightSettings(Settings):
     epochs: int | None = option(
         None, TRAINING, "Epochs of the final model of each method. Default: 5 for the BiLSTM, 3 for transformers."
     )
-    learning_rate: float | None = option(
-        None, TRAINING,
-        "Default: 1e-3, Adam, constant for the BiLSTM; 2e-5, AdamW, falling to 0 for transformers, which suits "
-        "DistilBERT: a small encoder such as MiniLM needs 2e-4 to 5e-4.",
-    )  # fmt: skip
+    learning_rate: float | None = _learning_rate(transformers_rate, "DistilBERT")
     label_smoothing: float = option(0.1, TRAINING, "Of label-smoothing.")
     noise_rate: float = option(0.3, TRAINING, "Share of wrong labels that co-teaching is told.")
 
